@@ -1,0 +1,280 @@
+"""The model folder that pretraining writes and fine-tuning reads, in Hugging Face's format."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from zerobert import __version__, manifest
+from zerobert.config import BertConfig
+from zerobert.errors import CheckpointError, ConfigError
+from zerobert.tokenizer import WordPieceTokenizer
+
+WEIGHTS_NAME = "model.safetensors"
+# What a task adds on top of the encoder: may be missing from, or superfluous in, a folder.
+_HEADS = ("cls.", "classifier.", "qa_outputs.", "bert.pooler.")
+_BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFolder:
+    """A model on disk: its architecture and, if it is a classifier, its labels."""
+
+    path: Path
+    config: BertConfig
+    labels: tuple[str, ...]
+    is_regression: bool
+    do_lower_case: bool
+
+
+def open_model(name_or_path: str) -> ModelFolder:
+    """Read a model folder's configuration, or fetch the model of that name from the hub.
+
+    Raises:
+        CheckpointError: no such folder and no such model within reach, an incomplete or damaged
+            folder, or another architecture than BERT.
+    """
+    path = Path(name_or_path)
+    if not path.is_dir():
+        path = _download(name_or_path)
+    if manifest.is_complete(path):
+        manifest.verify_folder(path)
+    raw = _read_json(path / "config.json")
+    if raw.get("model_type", "bert") != "bert":
+        raise CheckpointError(
+            f"{path}/config.json: wanted model_type 'bert', got {raw['model_type']!r}; "
+            "choose a BERT model"
+        )
+    names = {field.name for field in dataclasses.fields(BertConfig)}
+    try:
+        config = BertConfig(**{key: value for key, value in raw.items() if key in names})
+    except ConfigError as error:
+        raise CheckpointError(f"{path}/config.json: {error}") from error
+    labels = raw.get("id2label", {})
+    lower_case = True
+    if (path / "tokenizer_config.json").is_file():
+        lower_case = bool(_read_json(path / "tokenizer_config.json").get("do_lower_case", True))
+    return ModelFolder(
+        path=path,
+        config=config,
+        labels=tuple(labels[key] for key in sorted(labels, key=int)),
+        is_regression=raw.get("problem_type") == "regression",
+        do_lower_case=lower_case,
+    )
+
+
+def _download(name: str) -> Path:
+    try:
+        patterns = ["config.json", "*.safetensors", "pytorch_model.bin", "vocab.txt"]
+        return Path(snapshot_download(name, allow_patterns=[*patterns, "tokenizer*.json"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{name!r} is neither a model folder here nor a model that could be fetched from the "
+            f"Hugging Face hub ({type(error).__name__}); give the path of a folder with "
+            f"config.json and {WEIGHTS_NAME}, or check the network"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: not a Hugging Face model folder") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} can't be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: wanted a JSON object, got {type(value).__name__}")
+    return value
+
+
+def load_tokenizer(folder: ModelFolder) -> WordPieceTokenizer:
+    """The folder's tokenizer.
+
+    Raises:
+        CheckpointError: the vocabulary does not fit the weights.
+        DataError: the vocabulary is missing or can't be read.
+    """
+    vocab_file = folder.path / "vocab.txt"
+    tokenizer = WordPieceTokenizer.from_file(vocab_file, do_lower_case=folder.do_lower_case)
+    if len(tokenizer.vocab) != folder.config.vocab_size:
+        raise CheckpointError(
+            f"{vocab_file} has {len(tokenizer.vocab)} words, but the model was made for "
+            f"{folder.config.vocab_size}: use the vocabulary that it was trained with"
+        )
+    return tokenizer
+
+
+def load_weights(model: nn.Module, folder: ModelFolder) -> list[str]:
+    """Copy a folder's weights into a model.
+
+    Returns:
+        The names of the model's parameters that the folder lacks (a head that is new), which keep
+        their random values.
+
+    Raises:
+        CheckpointError: weights of the encoder are missing, a shape differs, the file can't be
+            read, or it holds weights that are not BERT's.
+    """
+    found = {_standard_name(name): tensor for name, tensor in _read_weights(folder.path).items()}
+    own = model.state_dict()
+    missing = [name for name in own if name not in found]
+    unknown = [name for name in found if name not in own and name not in _BUFFERS]
+    if lost := [name for name in missing if not name.startswith(_HEADS)]:
+        raise CheckpointError(f"{folder.path}: {len(lost)} weights are missing, first {lost[0]!r}")
+    if strange := [name for name in unknown if not name.startswith(_HEADS)]:
+        raise CheckpointError(f"{folder.path}: {strange[0]!r} is not a weight of this BERT")
+    for name, parameter in own.items():
+        if name in found and found[name].shape != parameter.shape:
+            if not name.startswith("classifier."):
+                raise CheckpointError(
+                    f"{folder.path}: {name} has shape {tuple(found[name].shape)}, wanted "
+                    f"{tuple(parameter.shape)}; config.json and the weights are not of one model"
+                )
+            missing.append(name)  # another task's classifier: as good as none
+    model.load_state_dict({name: found[name] for name in own if name not in missing}, strict=False)
+    return missing
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        if (path / WEIGHTS_NAME).is_file():
+            return load_file(path / WEIGHTS_NAME)
+        if (path / "pytorch_model.bin").is_file():
+            # weights_only: a pickle from elsewhere must not run code.
+            weights: dict[str, Tensor] = torch.load(
+                path / "pytorch_model.bin", map_location="cpu", weights_only=True
+            )
+            return weights
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the weights can't be read: {error}") from error
+    raise CheckpointError(f"{path} has no {WEIGHTS_NAME}: not a complete model folder")
+
+
+def _standard_name(name: str) -> str:
+    """Today's name of a weight: with the `bert.` prefix, LayerNorm's `gamma` and `beta` renamed."""
+    if not name.startswith(("bert.", *_HEADS)):
+        name = f"bert.{name}"
+    return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+
+
+def save_model(
+    folder: Path,
+    model: nn.Module,
+    config: BertConfig,
+    tokenizer: WordPieceTokenizer,
+    *,
+    card: str,
+    labels: Sequence[str] = (),
+    is_regression: bool = False,
+    state: Mapping[str, Tensor] | None = None,
+    source: Mapping[str, Any],
+    inputs: Mapping[str, str],
+) -> None:
+    """Write a model folder, complete or not at all.
+
+    Args:
+        card: the text of the model card.
+        labels: a classifier's label names in order; none for a pretrained model.
+        state: the weights, where they are not the model's own (fp32 masters of a 16-bit model).
+        source: how the model was made, for the manifest.
+        inputs: name -> sha256 of what it was made from.
+
+    Raises:
+        CheckpointError: the vocabulary does not fit the model.
+        DataError: the folder can't be written.
+    """
+    if len(tokenizer.vocab) != config.vocab_size:
+        raise CheckpointError(
+            f"a vocabulary of {len(tokenizer.vocab)} words does not fit a model made for "
+            f"{config.vocab_size}"
+        )
+    with manifest.staged_folder(folder) as staging:
+        write_model_files(
+            staging,
+            state if state is not None else model.state_dict(),
+            config,
+            tokenizer,
+            card=card,
+            labels=labels,
+            is_regression=is_regression,
+        )
+        manifest.write_manifest(staging, kind="model", config=source, inputs=inputs)
+
+
+def write_model_files(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    config: BertConfig,
+    tokenizer: WordPieceTokenizer,
+    *,
+    card: str,
+    labels: Sequence[str] = (),
+    is_regression: bool = False,
+) -> None:
+    """Write a model's files into an existing folder; the manifest is the caller's.
+
+    Raises:
+        DataError: a file can't be written.
+    """
+    is_classifier = bool(labels) or is_regression
+    raw = {
+        "architectures": [
+            "BertForSequenceClassification" if is_classifier else "BertForPreTraining"
+        ],
+        "model_type": "bert",
+        **dataclasses.asdict(config),
+    }
+    if is_classifier:
+        names = list(labels) or ["LABEL_0"]
+        raw["id2label"] = {str(i): label for i, label in enumerate(names)}
+        raw["label2id"] = {label: i for i, label in enumerate(names)}
+        raw["problem_type"] = "regression" if is_regression else "single_label_classification"
+    tensors = {
+        name: tensor.detach().to("cpu", torch.float32).contiguous()
+        for name, tensor in state.items()
+    }
+    with manifest.writing(folder):
+        try:
+            save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        tokenizer.save(folder)
+    manifest.write_json(folder / "config.json", raw)
+    manifest.write_text(folder / "README.md", card)
+
+
+def model_card(*, title: str, facts: Mapping[str, object]) -> str:
+    """A model card: what made the model, and how to load it."""
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    return (
+        f"---\nlibrary_name: transformers\ntags: [bert, zerobert]\n---\n# {title}\n\n"
+        f"Made by zerobert {__version__}.\n\n| | |\n|---|---|\n{rows}\n"
+    )
+
+
+def newest_model(runs: Path) -> Path:
+    """The pretrained model that was completed last: the newest `model_<n>` anywhere under a folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    models = [
+        path.parent
+        for path in runs.rglob(f"model_*/{manifest.MANIFEST_NAME}")
+        if re.fullmatch(r"model_\d+", path.parent.name) and not manifest.is_staging(path)
+    ]
+    if not models:
+        raise ConfigError(
+            f"no pretrained model (model_<step>/) under {runs}/: pretrain one with "
+            "'bash launch.sh pretrain' or give --model_name_or_path"
+        )
+    return max(models, key=lambda path: ((path / manifest.MANIFEST_NAME).stat().st_mtime, path))

@@ -1,0 +1,24 @@
+"""What is known of the devices that training runs on."""
+
+import torch
+
+# Dense 16-bit matrix peak in FLOP/s, from the makers' data sheets; the first name found wins.
+_PEAK_FLOPS = (
+    ("B200", 2250e12),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("L40S", 362e12),
+    ("A100", 312e12),
+    ("A10", 125e12),
+    ("V100", 125e12),
+    ("T4", 65e12),
+)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """A device's peak rate in 16-bit matrix products, FLOP/s; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAK_FLOPS if part in name), None)

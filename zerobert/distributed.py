@@ -1,0 +1,91 @@
+"""Rank, world size and the few small collectives outside the engine; all work with no group.
+
+They carry counts, flags and names between the processes' CPUs, over gloo, so that none of them
+waits for a GPU.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from zerobert.errors import EXIT_USER, ZerobertError
+
+
+def is_initialized() -> bool:
+    """Whether a process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number, 0 where there is no process group."""
+    return dist.get_rank() if is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes, 1 where there is no process group."""
+    return dist.get_world_size() if is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that prints and writes files."""
+    return rank() == 0
+
+
+@functools.lru_cache(maxsize=1)
+def _cpu_group() -> dist.ProcessGroup | None:
+    """A gloo group of all processes; None for the default group where that is gloo already."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    all_reduce_sum([0.0])
+
+
+def all_reduce_sum(values: Sequence[float]) -> list[float]:
+    """The sum over all processes of each value, in float64: counts stay exact up to 2^53."""
+    if world_size() == 1:
+        return [float(value) for value in values]
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total, group=_cpu_group())
+    return [float(value) for value in total.tolist()]
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value, on every process."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=_cpu_group())
+    return box[0]
+
+
+@contextlib.contextmanager
+def one_voice() -> Iterator[None]:
+    """Let one process speak for all when preparation fails.
+
+    The first failing rank's error is raised there, and the others exit quietly with the same code.
+    Every process must pass through.
+
+    Raises:
+        ZerobertError: this process's own, if no lower rank has failed.
+        SystemExit: another process has failed.
+    """
+    error: ZerobertError | None = None
+    try:
+        yield
+    except ZerobertError as caught:
+        error = caught
+    failed = [error is not None]
+    if world_size() > 1:
+        failed = [False] * world_size()
+        dist.all_gather_object(failed, error is not None, group=_cpu_group())
+    if True not in failed:
+        return
+    if error is not None and failed.index(True) == rank():
+        raise error
+    raise SystemExit(EXIT_USER)

@@ -1,0 +1,103 @@
+"""What this machine has, which kernel each op will use and why, what is missing and how to get it.
+
+`bash launch.sh doctor`
+"""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+from zerobert.errors import run_script
+from zerobert.kernels import Kernels, describe
+from zerobert.page import Table, format_table
+
+_PACKAGES = ("torch", "deepspeed", "numpy", "h5py", "tokenizers", "safetensors", "wandb")
+# What is not required, what it is for, and the command that installs it.
+_OPTIONAL = {
+    "datasets": ("fine-tuning on data from the hub", "pip install datasets"),
+    "transformers": ("the tests that compare with Hugging Face", "pip install transformers"),
+}
+
+
+def package_version(name: str) -> str | None:
+    """The installed version of a distribution, None if there is none; nothing is imported."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def machine() -> list[tuple[str, str]]:
+    """Python, packages, cores, memory and devices."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    rows = [("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
+    rows += [(name, package_version(name) or "missing") for name in _PACKAGES]
+    rows += [("CPU cores", f"{cores}"), ("memory", _memory())]
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        rows.append((f"GPU {index}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"))
+    if not torch.cuda.is_available():
+        rows.append(("GPU", "none that torch can use; everything runs on the CPU"))
+    free = shutil.disk_usage(".").free / 2**30
+    return [*rows, ("free disk here", f"{free:.0f} GiB")]
+
+
+def advice(find_version: Callable[[str], str | None] = package_version) -> list[str]:
+    """One line for each thing that is missing or that is not what it seems."""
+    lines = [
+        f"{name} is not installed (only for {purpose}): {command}"
+        for name, (purpose, command) in _OPTIONAL.items()
+        if find_version(name) is None
+    ]
+    if find_version("apex") is not None and not _is_nvidia_apex():
+        lines.append(
+            "the installed package apex is not NVIDIA's but an unrelated one of that name: "
+            "pip uninstall apex"
+        )
+    if shutil.which("g++") is None:
+        lines.append(
+            "g++ is not on PATH (only for torch.compile and DeepSpeed's own CPU ops): "
+            "apt-get install g++"
+        )
+    return lines
+
+
+def _is_nvidia_apex() -> bool:
+    """NVIDIA's apex has these two subpackages; looked up by file, so that nothing is imported."""
+    files = importlib.metadata.files("apex") or []
+    found = {part for path in files for part in path.parts[1:2]}
+    return {"optimizers", "normalization"} <= found
+
+
+def _memory() -> str:
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return "unknown"
+    return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
+
+
+def main() -> int:
+    """Print all of it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    choices = describe(
+        Kernels(), device, torch.bfloat16 if device.type == "cuda" else torch.float32
+    )
+    kernels = [(choice.op, choice.chosen, choice.reason) for choice in choices]
+    print("\n".join(f"{name:<15} {value}" for name, value in machine()))
+    print()
+    print(format_table(Table(title="Kernels", header=("op", "used", "why"), rows=kernels)))
+    print()
+    print("\n".join(advice()) or "Nothing is missing.")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

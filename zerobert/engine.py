@@ -1,0 +1,344 @@
+"""DeepSpeed behind one small class: what it gets wrong silently is refused here by name, what it
+names differently at each stage and precision has one name here.
+"""
+
+import os
+import socket
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+from zerobert import distributed
+from zerobert.errors import CheckpointError, ConfigError
+from zerobert.manifest import writing
+from zerobert.optim import Lamb
+
+# Every top-level key that DeepSpeed reads. It accepts others in silence, misspelt ones too.
+TOP_LEVEL_KEYS = frozenset(
+    (
+        "activation_checkpointing",
+        "aio",
+        "autotuning",
+        "bf16",
+        "checkpoint",
+        "comet",
+        "comms_logger",
+        "communication_data_type",
+        "compile",
+        "csv_monitor",
+        "data_efficiency",
+        "data_types",
+        "dataloader_drop_last",
+        "disable_allgather",
+        "disable_python_gc",
+        "dump_state",
+        "flops_profiler",
+        "fp16",
+        "gradient_accumulation_steps",
+        "gradient_allreduce_op",
+        "gradient_clipping",
+        "gradient_predivide_factor",
+        "log_level",
+        "memory_breakdown",
+        "optimizer",
+        "prescale_gradients",
+        "scheduler",
+        "seed",
+        "steps_per_print",
+        "tensorboard",
+        "timers",
+        "torch_autocast",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "wall_clock_breakdown",
+        "wandb",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "zero_optimization",
+    )
+)
+
+
+def init_distributed() -> None:
+    """Join the process group that the launcher described, or make one of one process.
+
+    Called before anything else that is collective; a second call does nothing.
+    """
+    if distributed.is_initialized():
+        return
+    if "RANK" not in os.environ:  # plain `python`: DeepSpeed would look for MPI
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+    # Without this, the first collective on CPU compiles a shared-memory extension for half a
+    # minute, or crashes where there is no C++ compiler; gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+        verbose=False,
+        auto_mpi_discovery=False,
+    )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def precision(ds_config: Mapping[str, Any]) -> str:
+    """`fp16`, `bf16` or `fp32`: what the weights of the forward pass are kept in."""
+    for name in ("fp16", "bf16"):
+        if ds_config.get(name, {}).get("enabled", False):
+            return name
+    return "fp32"
+
+
+def check_served(ds_config: Mapping[str, Any]) -> None:
+    """Refuse what DeepSpeed would compute wrongly without a word, and what is not served here yet.
+
+    Raises:
+        ConfigError: names the setting and what to choose instead.
+    """
+    zero = ds_config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    low = precision(ds_config)
+    autocast = ds_config.get("torch_autocast", {})
+    if stage == 0 and low == "fp16":
+        # The loss is never scaled there, yet step() divides the gradients by the scale.
+        raise ConfigError(
+            "fp16 at ZeRO stage 0 does not scale the loss in this DeepSpeed; "
+            "set zero_optimization.stage to 1 (it costs nothing on one device)"
+        )
+    if stage == 0 and low == "bf16":
+        # Initialisation takes a hidden optimizer step with zero gradients.
+        raise ConfigError(
+            "bf16 at ZeRO stage 0 takes a hidden optimizer step at the start in this DeepSpeed; "
+            "set zero_optimization.stage to 1 (it costs nothing on one device)"
+        )
+    if (
+        autocast.get("enabled", False)
+        and "16" in str(autocast.get("dtype", ""))
+        and "b" not in str(autocast.get("dtype", ""))
+    ):
+        # With gradient clipping at stage >= 1 the gradients are clipped while still scaled.
+        raise ConfigError(
+            "torch_autocast in float16 clips scaled gradients in this DeepSpeed; "
+            "use the fp16 section, or torch_autocast with bfloat16"
+        )
+    if zero.get("round_robin_gradients", False):
+        raise ConfigError(
+            "zero_optimization.round_robin_gradients exports wrong weights in this DeepSpeed; "
+            "remove it"
+        )
+    if stage not in (0, 1, 2):
+        raise ConfigError(f"ZeRO stage {stage} is not served yet; set zero_optimization.stage to 1")
+    for name in ("offload_optimizer", "offload_param", "cpu_offload"):
+        if zero.get(name) and zero[name] != {"device": "none"}:
+            raise ConfigError(f"zero_optimization.{name} is not served yet; remove it")
+    if "scheduler" in ds_config:
+        raise ConfigError(
+            'the "scheduler" section is not served; describe the schedule in bert.schedule '
+            '("name", "warmup_steps" or "warmup_proportion", "degree")'
+        )
+    if ds_config.get("checkpoint", {}).get("load_universal", False):
+        raise ConfigError("checkpoint.load_universal is not served yet; remove it")
+
+
+def check_device(ds_config: Mapping[str, Any]) -> None:
+    """Refuse a precision that this machine can't compute in.
+
+    Raises:
+        ConfigError: names the flag that chooses another.
+    """
+    low = precision(ds_config)
+    accelerator = deepspeed.accelerator.get_accelerator()
+    if low == "fp16" and not accelerator.is_fp16_supported():
+        raise ConfigError("this device can't train in fp16; pass --precision bf16 or fp32")
+    if low == "bf16" and not accelerator.is_bf16_supported():
+        raise ConfigError("this device can't train in bf16; pass --precision fp16 or fp32")
+
+
+class Engine:
+    """A model in training: micro-steps, optimizer steps, and its state on disk.
+
+    Args:
+        model: built alike on every rank (from one seed).
+        optimizer: on the model's own parameters.
+        ds_config: DeepSpeed's keys alone, with the batch sizes.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: Mapping[str, Any]
+    ) -> None:
+        check_served(ds_config)
+        check_device(ds_config)
+        config = _completed(ds_config, optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # chatter of the libraries' start, none of it ours
+            try:
+                self._engine, *_ = deepspeed.initialize(
+                    model=model, optimizer=optimizer, config=config
+                )
+            except (AssertionError, ValueError) as error:
+                raise ConfigError(f"DeepSpeed refuses the configuration: {error}") from error
+        self._norm_before_step: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches go."""
+        return torch.device(self._engine.device)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model inside."""
+        module: nn.Module = self._engine.module
+        return module
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-steps an optimizer step, on each rank."""
+        return int(self._engine.gradient_accumulation_steps())
+
+    @property
+    def micro_batch_samples(self) -> int:
+        """Sequences of a micro-step, on each rank."""
+        return int(self._engine.train_micro_batch_size_per_gpu())
+
+    @property
+    def global_batch_samples(self) -> int:
+        """Sequences an optimizer step, on all ranks together."""
+        return int(self._engine.train_batch_size())
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by before backward; 1 except in fp16."""
+        return float(getattr(self._engine.optimizer, "loss_scale", 1.0))
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps left out for an overflow, since the start of the run."""
+        return int(self._engine.skipped_steps)
+
+    def train(self, mode: bool = True) -> None:
+        """Switch dropout and the like on or off."""
+        self._engine.train(mode)
+
+    def forward(self, **batch: Tensor) -> Any:
+        """The model's own forward."""
+        return self._engine(**batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of this rank's share of the step's loss.
+
+        The shares of all micro-steps and ranks add up: DeepSpeed's division by their number is
+        undone here, because the loss is already a part of the global batch's mean.
+        """
+        shares = self.accumulation_steps * distributed.world_size()
+        self._engine.backward(loss * shares)
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether the next `step` updates the weights."""
+        return bool(self._engine.is_gradient_accumulation_boundary())
+
+    def step(self, lr: float) -> None:
+        """End a micro-step; after the last of a batch, update the weights at this learning rate."""
+        if self.at_boundary:
+            for group in self._engine.optimizer.param_groups:
+                group["lr"] = lr
+            self._norm_before_step = self._plain_grad_norm()
+        self._engine.step()
+
+    def _plain_grad_norm(self) -> Tensor | None:
+        """The gradient norm where DeepSpeed keeps none: fp32 at stage 0."""
+        if self._engine.zero_optimization_stage() > 0:
+            return None
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm: Tensor = torch.stack(torch._foreach_norm(gradients)).norm()
+        return norm
+
+    @property
+    def grad_norm(self) -> float:
+        """The last step's global gradient norm before clipping, without the loss scale."""
+        if self._norm_before_step is not None:
+            return float(self._norm_before_step)
+        return float(self._engine.get_global_grad_norm())
+
+    def full_state(self) -> dict[str, Tensor]:
+        """The model's weights in fp32, from the optimizer's master copies; collective.
+
+        Returns:
+            Name -> CPU tensor, equal on every rank.
+        """
+        state = {}
+        masters = dict(self.module.named_parameters())
+        sharded = self._engine.zero_optimization_stage() > 0
+        for name, value in self.module.state_dict().items():
+            master = safe_get_full_fp32_param(masters[name]) if sharded else None
+            state[name] = (value if master is None else master).detach().float().cpu()
+        return state
+
+    def save(self, folder: Path, client_state: Mapping[str, Any]) -> None:
+        """Write this engine's state into a folder; collective, and the folder exists already.
+
+        Raises:
+            DataError: a file can't be written.
+        """
+        with writing(folder), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                self._engine.save_checkpoint(
+                    str(folder.parent),
+                    tag=folder.name,
+                    client_state=dict(client_state),
+                    save_latest=False,
+                )
+            except RuntimeError as error:  # how torch.save reports a full disk
+                raise OSError(str(error).splitlines()[0]) from error
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Restore what `save` wrote, at the same world size; collective.
+
+        Returns:
+            The client state.
+
+        Raises:
+            CheckpointError: the folder does not hold this engine's state.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            path, client_state = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if path is None:
+            raise CheckpointError(f"{folder} holds no training state; choose another with --resume")
+        return dict(client_state)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        self._engine.destroy()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _completed(ds_config: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The configuration as DeepSpeed is to see it: with what the served combinations need."""
+    config = {key: value for key, value in ds_config.items() if key != "optimizer"}
+    config.setdefault("steps_per_print", 2**31)  # the training loop has its own log line
+    if isinstance(optimizer, Lamb):
+        # DeepSpeed doubts every optimizer but its own, with reason: a trust ratio of a flat shard
+        # is wrong. Ours knows the parameters inside the shard.
+        config["zero_allow_untested_optimizer"] = True
+    if precision(config) == "bf16":
+        # Else gradients of many micro-steps are added up in bf16's 8 bits.
+        config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+    return config

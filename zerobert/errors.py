@@ -1,0 +1,108 @@
+"""The exceptions that users see, and the exit codes they become.
+
+ZerobertError
+├── ConfigError(ValueError)            a flag, a JSON key or a combination that can't be served
+├── DataError                          text, shards or labels that are not what they should be
+│   ├── ShardFormatError               an HDF5 file that is not in NVIDIA's layout
+│   └── ManifestError                  a folder that is incomplete or was changed since
+├── CheckpointError                    a model folder or state that can't be loaded or written
+├── MissingDependencyError(ImportError) an optional package that this request needs
+└── TrainingDivergedError              the loss is no longer a finite number
+
+A message says where, what was wanted, what was got, and what to do.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+EXIT_USER = 2
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+
+class ZerobertError(Exception):
+    """The user can mend it. Scripts print it as one line on stderr and exit with `EXIT_USER`."""
+
+
+class ConfigError(ZerobertError, ValueError):
+    """A flag, a JSON key or a combination of them that can't be served."""
+
+
+class DataError(ZerobertError):
+    """Text, shards or labels that are not what they should be."""
+
+
+class ShardFormatError(DataError):
+    """An HDF5 file that is not in NVIDIA's layout."""
+
+
+class ManifestError(DataError):
+    """A folder that is incomplete, or was changed after its manifest was written."""
+
+
+class CheckpointError(ZerobertError):
+    """A model folder or a training state that can't be loaded or written."""
+
+
+class MissingDependencyError(ZerobertError, ImportError):
+    """An optional package that this request needs; the message has the command that installs it."""
+
+
+class TrainingDivergedError(ZerobertError):
+    """The loss is no longer a finite number."""
+
+
+def exit_code(error: BaseException) -> int:
+    """What a script that ends by this exception exits with."""
+    if isinstance(error, ZerobertError):
+        return EXIT_USER
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    return 1
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose errors are one line that says where to look, as all of ours."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def run_script(main: Callable[[], int]) -> NoReturn:
+    """Run a script's `main` and exit with the code that its outcome means to the user.
+
+    A `ZerobertError` becomes one line on stderr and `EXIT_USER`; Ctrl-C becomes `EXIT_INTERRUPTED`;
+    every other exception is a bug and keeps its traceback.
+    """
+    try:
+        code = main()
+    except ZerobertError as error:
+        print_error(error)
+        code = exit_code(error)
+    except KeyboardInterrupt as error:
+        print("interrupted", file=sys.stderr)
+        code = exit_code(error)
+    except BrokenPipeError:  # the reader of our output (head, less) went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def print_error(error: ZerobertError) -> None:
+    """Print an error as one line on stderr, with the rank's number where it is not rank 0."""
+    rank = int(os.environ.get("RANK", "0"))
+    where = f"[rank {rank}] " if rank else ""
+    message = " ".join(str(error).split())
+    print(f"{where}error: {message}", file=sys.stderr)

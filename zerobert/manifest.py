@@ -1,0 +1,261 @@
+"""manifest.json: the last file written into a folder; its presence means that it is complete.
+
+A folder is filled under a temporary name beside its final one and moved into place when its
+manifest is written. Whatever kills the process leaves either the whole folder or none.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from zerobert.errors import DataError, ManifestError
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+_STAGING_PREFIX = ".incomplete-"
+_HASH_BLOCK_BYTES = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """One file of a folder: its size, its hash and, for data, its rows."""
+
+    num_bytes: int
+    sha256: str
+    num_rows: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a folder holds (`files`), and from what (`inputs`: name -> sha256) and how it was made."""
+
+    kind: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    files: dict[str, FileRecord]
+    summary: dict[str, Any] = dataclasses.field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+@contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Turn a failed write (no space, no permission) into a `DataError` that names the path.
+
+    Raises:
+        DataError: the operating system refused the write.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(
+            f"cannot write {path}: {reason}; free space or choose another output folder, then run "
+            "the same command again"
+        ) from error
+
+
+def sha256_file(path: Path | str) -> str:
+    """The hex SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that readers see either the old text or the whole new one.
+
+    Raises:
+        DataError: the file can't be written.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with writing(path):
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON atomically.
+
+    Raises:
+        DataError: the file can't be written.
+    """
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def staging_path(final: Path) -> Path:
+    """Where a folder is filled until it is complete: hidden, on the same file system as `final`."""
+    return final.with_name(_STAGING_PREFIX + final.name)
+
+
+def is_staging(path: Path) -> bool:
+    """Whether the path lies in a folder that was never completed."""
+    return any(part.startswith(_STAGING_PREFIX) for part in path.parts)
+
+
+@contextlib.contextmanager
+def staged_folder(final: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `final` when the block ends, or goes when it raises.
+
+    What an earlier, killed process left under the temporary name is removed first. A folder that is
+    already at `final` is replaced.
+
+    Raises:
+        DataError: the folder can't be made or moved.
+    """
+    staging = staging_path(final)
+    with writing(final):
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    try:
+        yield staging
+        publish_folder(staging, final)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def publish_folder(staging: Path, final: Path) -> None:
+    """Flush a filled folder to disk and move it to its final name; an older one there is replaced.
+
+    Raises:
+        DataError: the folder can't be moved.
+    """
+    with writing(final):
+        for path in [*(path for path in staging.rglob("*") if path.is_file()), staging]:
+            _fsync(path)
+        if final.exists():
+            retired = final.with_name(f"{_STAGING_PREFIX}{final.name}-{uuid.uuid4().hex}")
+            final.rename(retired)
+            staging.rename(final)
+            shutil.rmtree(retired, ignore_errors=True)
+        else:
+            staging.rename(final)
+        _fsync(final.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    kind: str,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    num_rows: Mapping[str, int] | None = None,
+    summary: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Hash every file under the folder and write its manifest; call it when all else is written.
+
+    Args:
+        kind: what the folder is: `text`, `shards`, `model`, `state`.
+        inputs: name -> sha256 of what the folder was made from.
+        num_rows: rows of each data file, by its path relative to the folder.
+        summary: figures for people (documents, tokens, seconds).
+
+    Raises:
+        DataError: the manifest can't be written.
+    """
+    rows = num_rows or {}
+    files = {
+        str(path.relative_to(folder)): FileRecord(
+            num_bytes=path.stat().st_size,
+            sha256=sha256_file(path),
+            num_rows=rows.get(str(path.relative_to(folder))),
+        )
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST_NAME
+    }
+    manifest = Manifest(
+        kind=kind,
+        config=dict(config),
+        inputs=dict(inputs),
+        files=files,
+        summary=dict(summary or {}),
+    )
+    write_json(folder / MANIFEST_NAME, dataclasses.asdict(manifest))
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a folder's manifest.
+
+    Raises:
+        ManifestError: there is none (the folder is incomplete), or it can't be understood.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ManifestError(
+            f"{folder} has no {MANIFEST_NAME}: it was never completed; make it again"
+        ) from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ManifestError(f"{path} can't be read ({error}); make the folder again") from error
+    if not isinstance(raw, dict) or raw.get("format_version") != FORMAT_VERSION:
+        raise ManifestError(
+            f"{path}: wanted format_version {FORMAT_VERSION}, got "
+            f"{raw.get('format_version') if isinstance(raw, dict) else type(raw).__name__}; "
+            "it was written by another version of zerobert"
+        )
+    try:
+        files = {name: FileRecord(**record) for name, record in raw.pop("files").items()}
+        return Manifest(files=files, **raw)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ManifestError(f"{path} is not a manifest ({error}); make the folder again") from error
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the folder has a manifest; its files are not read."""
+    return (folder / MANIFEST_NAME).is_file()
+
+
+def find_problems(folder: Path) -> list[str]:
+    """Hold every file against the manifest; one line a file that is missing or differs.
+
+    Raises:
+        ManifestError: there is no readable manifest.
+    """
+    problems = []
+    for name, record in read_manifest(folder).files.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{path}: missing")
+        elif path.stat().st_size != record.num_bytes:
+            problems.append(
+                f"{path}: {path.stat().st_size} bytes, the manifest says {record.num_bytes}"
+            )
+        elif sha256_file(path) != record.sha256:
+            problems.append(f"{path}: its contents differ from the manifest's sha256")
+    return problems
+
+
+def verify_folder(folder: Path) -> Manifest:
+    """Read the manifest and hold every file against it.
+
+    Raises:
+        ManifestError: a file is missing or was changed.
+    """
+    if problems := find_problems(folder):
+        raise ManifestError("; ".join(problems))
+    return read_manifest(folder)

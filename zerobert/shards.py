@@ -1,0 +1,323 @@
+"""NVIDIA's HDF5 layout for BERT pretraining: schema, writer, reader, checks, and finding shards.
+
+A shard holds N rows of S positions, at most P of them masked. Six gzip datasets a file:
+
+| dataset                | type | shape  | meaning                                                 |
+|------------------------|------|--------|---------------------------------------------------------|
+| `input_ids`            | i4   | [N, S] | `[CLS] a [SEP] b [SEP]`, masks applied, then 0          |
+| `input_mask`           | i1   | [N, S] | 1 up to the end of the row, then 0                      |
+| `segment_ids`          | i1   | [N, S] | 0 up to the first `[SEP]`, 1 up to the second, then 0   |
+| `masked_lm_positions`  | i4   | [N, P] | ascending; a 0 ends the list: [CLS] is never masked     |
+| `masked_lm_ids`        | i4   | [N, P] | what stood there                                        |
+| `next_sentence_labels` | i1   | [N]    | 1: the second segment is a random one                   |
+
+Source: NVIDIA DeepLearningExamples, PyTorch/LanguageModeling/BERT/create_pretraining_data.py.
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from zerobert.errors import ConfigError, DataError, ShardFormatError
+from zerobert.manifest import is_complete, read_manifest, sha256_file, writing
+
+Array = npt.NDArray[Any]
+Split = Literal["training", "test"]
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "input_ids": np.dtype("<i4"),
+    "input_mask": np.dtype("<i1"),
+    "segment_ids": np.dtype("<i1"),
+    "masked_lm_positions": np.dtype("<i4"),
+    "masked_lm_ids": np.dtype("<i4"),
+    "next_sentence_labels": np.dtype("<i1"),
+}
+SUFFIXES = (".hdf5", ".h5")
+VOCAB_NAME = "vocab.txt"
+
+# h5py's automatic chunks are tall slices of a few columns: one row then inflates all of them.
+_CHUNK_ROWS = 256
+_GZIP_LEVEL = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardInfo:
+    """What a shard's header says."""
+
+    path: Path
+    num_rows: int
+    seq_length: int
+    max_predictions: int
+
+
+def describe_shard(path: Path | str) -> ShardInfo:
+    """Check a shard's schema and say its size; no data is read.
+
+    Raises:
+        DataError: there is no such file, or it can't be opened.
+        ShardFormatError: not HDF5, a dataset is missing, or one has another type or shape.
+    """
+    with _opened(Path(path)) as file:
+        return _describe(file, Path(path))
+
+
+def read_shard(path: Path | str) -> dict[str, Array]:
+    """All six datasets, in their native types.
+
+    Raises:
+        DataError: there is no such file, or it can't be opened.
+        ShardFormatError: the schema is not NVIDIA's, or the data is damaged.
+    """
+    with _opened(Path(path)) as file:
+        _describe(file, Path(path))
+        return {name: file[name][()] for name in DTYPES}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such shard; `python -m data_prep shards --help` makes them")
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except PermissionError as error:
+        raise DataError(f"{path} can't be opened: {error.strerror}") from error
+    except (OSError, RuntimeError, KeyError) as error:
+        # h5py tells damage by OSError, RuntimeError or KeyError, as the place of it happens to be.
+        raise ShardFormatError(
+            f"{path} is not HDF5 or is damaged ({error}); make or copy it again"
+        ) from error
+
+
+def _describe(file: Any, path: Path) -> ShardInfo:
+    shapes = {name: _shape(file, name, path) for name in DTYPES}
+    num_rows, seq_length = shapes["input_ids"]
+    max_predictions = shapes["masked_lm_positions"][1]
+    wanted = _shapes(num_rows, seq_length, max_predictions)
+    for name, shape in shapes.items():
+        if shape != wanted[name]:
+            raise ShardFormatError(
+                f"{path}: {name} wanted shape {list(wanted[name])} to agree with input_ids and "
+                f"masked_lm_positions, got {list(shape)}; make the shard again"
+            )
+    if num_rows == 0:
+        raise ShardFormatError(f"{path} has no rows; make it again or remove it")
+    return ShardInfo(
+        path=path, num_rows=num_rows, seq_length=seq_length, max_predictions=max_predictions
+    )
+
+
+def _shape(file: Any, name: str, path: Path) -> tuple[int, ...]:
+    """The shape of one dataset, its presence, type and number of axes checked."""
+    dataset = file.get(name)
+    if not isinstance(dataset, h5py.Dataset):
+        raise ShardFormatError(
+            f"{path}: the dataset {name} is missing; wanted {', '.join(DTYPES)}, got "
+            f"{', '.join(sorted(file)) or 'none'}"
+        )
+    if dataset.dtype != DTYPES[name]:
+        raise ShardFormatError(
+            f"{path}: {name} wanted type {DTYPES[name]}, got {dataset.dtype}; "
+            "convert the shard or make it again"
+        )
+    num_axes = 1 if name == "next_sentence_labels" else 2
+    if dataset.ndim != num_axes:
+        raise ShardFormatError(
+            f"{path}: {name} wanted {num_axes} axes, got shape {list(dataset.shape)}; "
+            "make the shard again"
+        )
+    return tuple(dataset.shape)
+
+
+def _shapes(num_rows: int, seq_length: int, max_predictions: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "input_ids": (num_rows, seq_length),
+        "input_mask": (num_rows, seq_length),
+        "segment_ids": (num_rows, seq_length),
+        "masked_lm_positions": (num_rows, max_predictions),
+        "masked_lm_ids": (num_rows, max_predictions),
+        "next_sentence_labels": (num_rows,),
+    }
+
+
+def write_shard(path: Path | str, arrays: Mapping[str, Array]) -> None:
+    """Write a shard that plain h5py reads; readers see the whole file or none.
+
+    The same arrays give the same bytes.
+
+    Raises:
+        ShardFormatError: the arrays have no rows.
+        DataError: the file can't be written: no space, no permission.
+    """
+    path = Path(path)
+    if len(arrays["input_ids"]) == 0:
+        raise ShardFormatError(f"{path}: there are no rows to write")
+    # Made in memory: HDF5 that fails to write a real file keeps it open, and fails again at exit.
+    image = _hdf5_image(arrays)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(image)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _hdf5_image(arrays: Mapping[str, Array]) -> memoryview:
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        for name, dtype in DTYPES.items():
+            array = np.ascontiguousarray(arrays[name], dtype=dtype)
+            file.create_dataset(
+                name,
+                data=array,
+                chunks=(min(len(array), _CHUNK_ROWS), *array.shape[1:]),
+                compression="gzip",
+                compression_opts=_GZIP_LEVEL,
+            )
+    return buffer.getbuffer()
+
+
+def check_values(arrays: Mapping[str, Array], *, vocab_size: int | None, where: str) -> None:
+    """Refuse values that a model can't take; with them training would crash or learn nonsense.
+
+    Args:
+        vocab_size: None where the vocabulary is unknown: ids then only must not be negative.
+        where: the file, for messages.
+
+    Raises:
+        ShardFormatError: names the dataset, the first row that is wrong and its value.
+    """
+    seq_length = arrays["input_ids"].shape[1]
+    top_id = np.iinfo(np.int32).max if vocab_size is None else vocab_size - 1
+    top = {"input_ids": top_id, "masked_lm_ids": top_id, "masked_lm_positions": seq_length - 1}
+    for name in DTYPES:
+        array, high = arrays[name], top.get(name, 1)
+        _refuse(array, (array < 0) | (array > high), f"{where}: {name} wanted 0 to {high}")
+    mask = arrays["input_mask"]
+    broken = np.diff(mask, axis=1) > 0
+    _refuse(mask[:, 1:], broken, f"{where}: input_mask wanted ones, then zeros")
+    positions = arrays["masked_lm_positions"]
+    hidden = (positions > 0) & (np.cumsum(positions == 0, axis=1) > 0)
+    _refuse(positions, hidden, f"{where}: masked_lm_positions wanted only zeros after the first 0")
+    in_padding = (positions > 0) & (np.take_along_axis(mask, positions, axis=1) == 0)
+    _refuse(positions, in_padding, f"{where}: masked_lm_positions wanted a place inside the text")
+
+
+def _refuse(array: Array, wrong: Array, wanted: str) -> None:
+    if wrong.any():
+        place = tuple(int(index) for index in np.argwhere(wrong)[0])
+        raise ShardFormatError(
+            f"{wanted}, got {array[place]} in row {place[0]} ({int(wrong.sum())} such values); "
+            "make the shard again, or name the vocabulary it was made with"
+        )
+
+
+def find_shards(folders: Sequence[Path], split: Split) -> list[ShardInfo]:
+    """The shards under the folders; all must have one sequence length and number of predictions.
+
+    A training shard has `train` in its file name; a test shard has `test` and no `train` in it.
+    Hidden folders, and with them the unfinished ones, are skipped.
+
+    Returns:
+        Sorted by path within each folder; empty when there is none or a folder does not exist.
+
+    Raises:
+        ShardFormatError: a file is not in NVIDIA's layout.
+        ConfigError: the shards differ in length or predictions.
+    """
+    shards = [describe_shard(path) for path in _shard_paths(folders) if _split(path) == split]
+    for shard in shards[1:]:
+        if _row_shape(shard) != _row_shape(shards[0]):
+            raise ConfigError(
+                f"{shard.path} has sequences of {shard.seq_length} with {shard.max_predictions} "
+                f"predictions, {shards[0].path} has {shards[0].seq_length} with "
+                f"{shards[0].max_predictions}; name folders of one kind"
+            )
+    return shards
+
+
+def _row_shape(shard: ShardInfo) -> tuple[int, int]:
+    return shard.seq_length, shard.max_predictions
+
+
+def _split(path: Path) -> Split | None:
+    if "train" in path.name:
+        return "training"
+    return "test" if "test" in path.name else None
+
+
+def _shard_paths(folders: Sequence[Path]) -> list[Path]:
+    """Every HDF5 file under the folders, each once, even where one folder lies in another."""
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        for parent, names, files in os.walk(folder):
+            names[:] = sorted(name for name in names if not name.startswith("."))
+            for name in sorted(files):
+                if name.endswith(SUFFIXES) and not name.startswith("."):
+                    path = Path(parent, name)
+                    found.setdefault(path.resolve(), path)
+    return list(found.values())
+
+
+def shard_vocabulary(folders: Sequence[Path]) -> Path | None:
+    """The `vocab.txt` that lies beside the shards; None if none does.
+
+    Raises:
+        ConfigError: there are several that differ.
+    """
+    found = {
+        sha256_file(parent / VOCAB_NAME): parent / VOCAB_NAME
+        for parent in _shard_folders(folders)
+        if (parent / VOCAB_NAME).is_file()
+    }
+    if len(found) > 1:
+        raise ConfigError(
+            f"the shards were made with different vocabularies, "
+            f"{', '.join(map(str, found.values()))}; name folders of one vocabulary"
+        )
+    return next(iter(found.values()), None)
+
+
+def shard_lower_case(folders: Sequence[Path]) -> bool | None:
+    """Whether the text was lower-cased, by manifest or folder name; None if neither tells.
+
+    Raises:
+        ConfigError: some was and some was not.
+    """
+    answers = {_lower_case(folder) for folder in _shard_folders(folders)} - {None}
+    if len(answers) > 1:
+        raise ConfigError(
+            f"{', '.join(map(str, folders))}: some shards are lower-cased and some are not; "
+            "name folders of one kind"
+        )
+    return next(iter(answers), None)
+
+
+def _lower_case(folder: Path) -> bool | None:
+    if is_complete(folder):
+        answer = read_manifest(folder).config.get("do_lower_case")
+        if isinstance(answer, bool):
+            return answer
+    # NVIDIA's tools keep the settings in the name of the folder itself or of the one above it.
+    for name in folder.resolve().parts[:-3:-1]:
+        if match := re.search(r"lower_case_([01])(?!\d)", name):
+            return match[1] == "1"
+    return None
+
+
+def _shard_folders(folders: Sequence[Path]) -> list[Path]:
+    return list(dict.fromkeys(path.parent for path in _shard_paths(folders)))

@@ -1,0 +1,262 @@
+"""WordPiece: load a vocabulary, encode with it, save it for Hugging Face, train one.
+
+The `tokenizers` library is the truth for what a word and its pieces are; only this module uses it.
+"""
+
+import collections
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+from zerobert.errors import ConfigError, DataError
+from zerobert.manifest import write_json, writing
+
+PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+CONTINUATION = "##"
+VOCAB_NAME = "vocab.txt"
+
+# Room for [CLS] a [SEP] b [SEP] with one piece in each sentence.
+_MIN_PAIR_LENGTH = 5
+# Source: BertWordPieceTokenizer.train of the tokenizers library. The alphabet is larger where
+# the text needs it, as Chinese does.
+_MIN_FREQUENCY = 2
+_MIN_ALPHABET = 1000
+# Source: SentencePiece's character_coverage for languages with rich character sets.
+_CHARACTER_COVERAGE = 0.9995
+
+
+class WordPieceTokenizer:
+    """A vocabulary and the rules that cut text into its pieces.
+
+    Attributes:
+        sha256: of the vocabulary, one token a line: the same for every file that says the same.
+    """
+
+    def __init__(
+        self, vocab: Sequence[str], *, do_lower_case: bool, where: str = "vocabulary"
+    ) -> None:
+        """Take a vocabulary.
+
+        Args:
+            where: its file, for messages.
+
+        Raises:
+            DataError: a token is there twice, a special one is missing, or [PAD] is not the first.
+        """
+        _check_vocabulary(vocab, where)
+        self.vocab = tuple(vocab)
+        self.do_lower_case = do_lower_case
+        self.sha256 = hashlib.sha256(_as_text(vocab).encode()).hexdigest()
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = map(
+            self.vocab.index, SPECIAL_TOKENS
+        )
+        self._tokenizer = _library_tokenizer(self.vocab, do_lower_case=do_lower_case)
+
+    @classmethod
+    def from_file(cls, vocab_file: Path, *, do_lower_case: bool) -> "WordPieceTokenizer":
+        """Read a `vocab.txt`: one token a line, its number is its id.
+
+        Raises:
+            DataError: the file can't be read, or is no WordPiece vocabulary.
+        """
+        try:
+            text = Path(vocab_file).read_bytes().decode("utf-8")
+        except OSError as error:
+            raise DataError(
+                f"the vocabulary {vocab_file} can't be read: {error.strerror}"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{vocab_file} is no vocabulary: wanted UTF-8 text with one token a line, got "
+                f"{error.reason} at byte {error.start}"
+            ) from error
+        # Not splitlines(): a vocabulary may hold U+2028 and its like as tokens.
+        tokens = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+        return cls(tokens, do_lower_case=do_lower_case, where=str(vocab_file))
+
+    def encode_words(self, texts: Sequence[str]) -> list[list[int]]:
+        """WordPiece ids of each text, without special tokens and without truncation."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def encode_pairs(
+        self, first: Sequence[str], second: Sequence[str] | None, *, max_seq_length: int
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Ids and segment ids of `[CLS] a [SEP]`, or of `[CLS] a [SEP] b [SEP]`, unpadded.
+
+        What is too long loses pieces at the end of its longer sentence first, as in Hugging Face.
+
+        Raises:
+            ConfigError: the length has no room for two sentences.
+        """
+        if max_seq_length < _MIN_PAIR_LENGTH:
+            raise ConfigError(
+                f"max_seq_length: wanted at least {_MIN_PAIR_LENGTH}, got {max_seq_length}"
+            )
+        texts: list[str] | list[tuple[str, str]]
+        texts = list(first) if second is None else list(zip(first, second, strict=True))
+        self._tokenizer.enable_truncation(max_seq_length, strategy="longest_first")
+        try:
+            encodings = self._tokenizer.encode_batch(texts)
+        finally:
+            self._tokenizer.no_truncation()
+        return [encoding.ids for encoding in encodings], [
+            encoding.type_ids for encoding in encodings
+        ]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids, special tokens included, for people to read."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text
+
+    def save(self, folder: Path, *, model_max_length: int = 512) -> None:
+        """Write the three files that transformers' AutoTokenizer loads with equal ids.
+
+        They are `vocab.txt`, `tokenizer.json` and `tokenizer_config.json`.
+
+        Args:
+            model_max_length: the longest input of the model, where transformers truncates.
+
+        Raises:
+            DataError: a file can't be written.
+        """
+        folder = Path(folder)
+        config = {
+            "tokenizer_class": "BertTokenizer",
+            "do_lower_case": self.do_lower_case,
+            "strip_accents": None,
+            "tokenize_chinese_chars": True,
+            "model_max_length": model_max_length,
+            **{f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS},
+        }
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / VOCAB_NAME).write_bytes(_as_text(self.vocab).encode())
+        write_json(folder / "tokenizer.json", json.loads(self._tokenizer.to_str()))
+        write_json(folder / "tokenizer_config.json", config)
+
+
+def _check_vocabulary(vocab: Sequence[str], where: str) -> None:
+    if missing := [token for token in SPECIAL_TOKENS if token not in vocab]:
+        raise DataError(
+            f"{where} is no BERT vocabulary: its {len(vocab)} tokens lack {', '.join(missing)}; "
+            "`python -m data_prep vocab --help` shows how to make one"
+        )
+    if vocab[0] != PAD:
+        raise DataError(
+            f"{where}: wanted {PAD} in the first line (id 0 is padding), got {vocab[0]!r}"
+        )
+    if len(set(vocab)) != len(vocab):
+        token, count = collections.Counter(vocab).most_common(1)[0]
+        raise DataError(
+            f"{where}: the token {token!r} is there {count} times, wanted once; remove the others"
+        )
+
+
+def _as_text(vocab: Iterable[str]) -> str:
+    return "".join(f"{token}\n" for token in vocab)
+
+
+def _library_tokenizer(vocab: Sequence[str], *, do_lower_case: bool) -> Tokenizer:
+    """What BertWordPieceTokenizer of the tokenizers library builds, from a vocabulary in memory."""
+    ids = {token: index for index, token in enumerate(vocab)}
+    tokenizer = Tokenizer(
+        models.WordPiece(ids, unk_token=UNK, continuing_subword_prefix=CONTINUATION)
+    )
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=do_lower_case)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing((SEP, ids[SEP]), (CLS, ids[CLS]))
+    tokenizer.decoder = decoders.WordPiece(prefix=CONTINUATION)
+    return tokenizer
+
+
+def train_vocabulary(files: Sequence[Path], *, vocab_size: int, do_lower_case: bool) -> list[str]:
+    """Learn a vocabulary from UTF-8 text files; the same text gives the same vocabulary.
+
+    The special tokens are the ids 0 to 4. A small corpus may fill fewer than `vocab_size` tokens.
+
+    Raises:
+        DataError: a file can't be read, or there is no text in them.
+        ConfigError: the size has no room for the special tokens and a few characters.
+    """
+    if vocab_size < 2 * len(SPECIAL_TOKENS):
+        raise ConfigError(
+            f"vocab_size: wanted at least {2 * len(SPECIAL_TOKENS)}, got {vocab_size}"
+        )
+    tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=do_lower_case)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    alphabet = _alphabet(_count_characters(files), tokenizer, limit=(vocab_size - 5) // 2)
+    # Handed over as special tokens the characters get their ids in this order; left to itself the
+    # library numbers them in the order of a randomly seeded hash table, and its merges with them.
+    continuations = [
+        CONTINUATION + letter for letter in alphabet if _continues_a_word(letter, tokenizer)
+    ]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=_MIN_FREQUENCY,
+        limit_alphabet=len(alphabet),
+        initial_alphabet=alphabet,
+        special_tokens=[*SPECIAL_TOKENS, *alphabet, *continuations],
+        continuing_subword_prefix=CONTINUATION,
+        show_progress=False,
+    )
+    tokenizer.train([str(file) for file in files], trainer)
+    ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    return sorted(ids, key=lambda token: ids[token])
+
+
+def _count_characters(files: Sequence[Path]) -> collections.Counter[str]:
+    counts: collections.Counter[str] = collections.Counter()
+    for path in files:
+        offset = 0
+        try:
+            with open(path, "rb") as file:
+                for line in file:
+                    counts.update(line.decode("utf-8"))
+                    offset += len(line)
+        except OSError as error:
+            raise DataError(f"{path} can't be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path} is not UTF-8 text: {error.reason} at byte {offset + error.start}; "
+                "convert it first"
+            ) from error
+    return counts
+
+
+def _alphabet(counts: collections.Counter[str], tokenizer: Tokenizer, *, limit: int) -> list[str]:
+    """The characters that get tokens of their own, sorted: the frequent ones, as many as needed."""
+    normalized: collections.Counter[str] = collections.Counter()
+    for character, count in counts.items():
+        for letter in tokenizer.normalizer.normalize_str(character).strip():
+            normalized[letter] += count
+    if not normalized:
+        raise DataError(
+            "there is no text to learn a vocabulary from; see `python -m data_prep text`"
+        )
+    ranked = sorted(normalized, key=lambda letter: (-normalized[letter], letter))
+    covered = itertools.accumulate(normalized[letter] for letter in ranked)
+    wanted = _CHARACTER_COVERAGE * normalized.total()
+    needed = sum(count < wanted for count in covered) + 1
+    return sorted(ranked[: min(max(needed, _MIN_ALPHABET), limit)])
+
+
+def _continues_a_word(letter: str, tokenizer: Tokenizer) -> bool:
+    """Whether the letter can stand inside a word; punctuation and Chinese characters can't."""
+    # The normalizer puts blanks around Chinese characters, the pre-tokenizer cuts at punctuation.
+    text = tokenizer.normalizer.normalize_str(f"a{letter}")
+    return len(tokenizer.pre_tokenizer.pre_tokenize_str(text)) == 1
