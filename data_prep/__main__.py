@@ -1,0 +1,357 @@
+"""Command line of the data stage: wiring only."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from data_prep import corpus, look
+from data_prep.build import ShardsConfig, build_instances, build_shards
+from data_prep.extract import TextConfig, extract_text
+from data_prep.instances import InstanceConfig
+from zerobert.errors import EXIT_USER, ArgumentParser, ConfigError, DataError, run_script
+from zerobert.manifest import write_text, writing
+from zerobert.tokenizer import WordPieceTokenizer, train_vocabulary
+
+# Above this the vocabulary probably is of another language or case.
+_HIGH_UNKNOWN_SHARE = 0.01
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults of what has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or isinstance(action.default, bool):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class _Parser(ArgumentParser):
+    """The project's parser, with flags spelt out and defaults in the help."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **settings)
+
+
+def main() -> int:
+    """Run one command of `python -m data_prep`."""
+    parser = _Parser(prog="python -m data_prep", description="Raw text -> HDF5 shards.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_text(commands)
+    _add_vocab(commands)
+    _add_shards(commands)
+    _add_instances(commands)
+    _add_inspect(commands)
+    _add_verify(commands)
+    arguments = parser.parse_args()
+    code: int = arguments.run(arguments)
+    return code
+
+
+def _add_command(commands: Any, name: str, run: Any, purpose: str, example: str) -> _Parser:
+    parser: _Parser = commands.add_parser(
+        name, help=purpose, description=purpose, epilog=f"example: python -m data_prep {example}"
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_text(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "text",
+        _run_text,
+        "Turn dumps, extracted text, plain text or JSON lines into one sentence a line.",
+        "text --input enwiki-latest-pages-articles.xml.bz2 --output_dir data/text --workers 8",
+    )
+    defaults = TextConfig()
+    parser.add_argument(
+        "--input", type=Path, nargs="+", required=True, metavar="PATH", help="files and folders"
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the text")
+    parser.add_argument(
+        "--format", choices=corpus.FORMATS, default=defaults.format, help="what the files hold"
+    )
+    parser.add_argument("--text_field", default=defaults.text_field, help="key of JSON lines")
+    parser.add_argument("--language", default=defaults.language, help="ISO 639 code of the text")
+    _add_workers(parser)
+
+
+def _add_vocab(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "vocab",
+        _run_vocab,
+        "Learn a WordPiece vocabulary from text.",
+        "vocab --input_dir data/text --output data/vocab.txt",
+    )
+    parser.add_argument("--input_dir", type=Path, required=True, help="folder that text wrote")
+    parser.add_argument("--output", type=Path, required=True, help="vocabulary file to write")
+    parser.add_argument("--vocab_size", type=int, default=30522, help="number of tokens")
+    _add_lower_case(parser)
+
+
+def _add_shards(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "shards",
+        _run_shards,
+        "Make training and test shards; prints their folder last.",
+        "shards --input_dir data/text --vocab_file data/vocab.txt --output_dir data/shards",
+    )
+    defaults = ShardsConfig()
+    parser.add_argument("--input_dir", type=Path, required=True, help="folder that text wrote")
+    parser.add_argument("--vocab_file", type=Path, required=True, help="vocabulary, a token a line")
+    parser.add_argument("--output_dir", type=Path, required=True, help="the shards go below it")
+    parser.add_argument("--name", default=defaults.name, help="folder and start of file names")
+    parser.add_argument(
+        "--n_training_shards", type=int, default=defaults.n_training_shards, help="training files"
+    )
+    parser.add_argument(
+        "--n_test_shards", type=int, default=defaults.n_test_shards, help="held-out files"
+    )
+    parser.add_argument(
+        "--fraction_test_set",
+        type=float,
+        default=defaults.fraction_test_set,
+        help="share of the documents that is held out",
+    )
+    _add_row_flags(parser)
+    _add_workers(parser)
+
+
+def _add_instances(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "instances",
+        _run_instances,
+        "Make one shard, row for row what NVIDIA's create_pretraining_data.py makes.",
+        "instances --vocab_file vocab.txt --input_file book.txt --output_file book_training_0.hdf5",
+    )
+    parser.add_argument("--vocab_file", type=Path, required=True, help="vocabulary, a token a line")
+    parser.add_argument(
+        "--input_file",
+        required=True,
+        help="a file, a folder of .txt files, or a list of files with commas between them",
+    )
+    parser.add_argument("--output_file", type=Path, required=True, help="shard to write")
+    _add_row_flags(parser)
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "inspect",
+        _run_inspect,
+        "Show rows as a person reads them, and statistics of the whole.",
+        "inspect data/shards -n 3",
+    )
+    parser.add_argument("path", type=Path, help="a shard, or a folder of shards")
+    parser.add_argument("-n", "--num_rows", type=int, default=5, help="rows to show")
+    parser.add_argument(
+        "--vocab_file", type=Path, help="needed only where no vocab.txt lies beside the shards"
+    )
+
+
+def _add_verify(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "verify",
+        _run_verify,
+        "Check files against their manifest, shards without one against the layout.",
+        "verify data/shards",
+    )
+    parser.add_argument("path", type=Path, metavar="DIR", help="a folder, searched downwards")
+
+
+def _add_row_flags(parser: _Parser) -> None:
+    """The flags of `InstanceConfig`, the seed and the case."""
+    defaults = InstanceConfig()
+    parser.add_argument(
+        "--max_seq_length", type=int, default=defaults.max_seq_length, help="tokens a row"
+    )
+    parser.add_argument(
+        "--max_predictions_per_seq",
+        type=int,
+        default=defaults.max_predictions_per_seq,
+        help="most masked tokens a row",
+    )
+    parser.add_argument(
+        "--masked_lm_prob", type=float, default=defaults.masked_lm_prob, help="share of masks"
+    )
+    parser.add_argument(
+        "--short_seq_prob", type=float, default=defaults.short_seq_prob, help="share of short rows"
+    )
+    parser.add_argument(
+        "--dupe_factor", type=int, default=defaults.dupe_factor, help="passes over the text"
+    )
+    parser.add_argument(
+        "--random_seed", type=int, default=ShardsConfig().random_seed, help="of pairs and masks"
+    )
+    parser.add_argument("--whole_word_mask", action="store_true", help="mask all pieces of a word")
+    parser.add_argument("--no_nsp", action="store_true", help="rows of one segment, no pairs")
+    _add_lower_case(parser)
+
+
+def _add_lower_case(parser: _Parser) -> None:
+    parser.add_argument(
+        "--do_lower_case",
+        action="store_true",
+        default=True,
+        help="lower-case, strip accents (the default)",
+    )
+    parser.add_argument(
+        "--no_do_lower_case",
+        dest="do_lower_case",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help="keep the text's case",
+    )
+
+
+def _add_workers(parser: _Parser) -> None:
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes; the result is the same"
+    )
+
+
+def _workers(arguments: argparse.Namespace) -> int:
+    if arguments.workers < 1:
+        raise ConfigError(f"--workers: wanted at least 1, got {arguments.workers}")
+    workers: int = arguments.workers
+    return workers
+
+
+def _run_text(arguments: argparse.Namespace) -> int:
+    config = TextConfig(
+        format=arguments.format, text_field=arguments.text_field, language=arguments.language
+    )
+    summary = extract_text(
+        arguments.input, arguments.output_dir, config, workers=_workers(arguments)
+    )
+    print(f"text: {_one_line(summary)} -> {arguments.output_dir}", file=sys.stderr)
+    return 0
+
+
+def _run_vocab(arguments: argparse.Namespace) -> int:
+    _make_room(arguments.output)
+    vocab = train_vocabulary(
+        corpus.text_files(arguments.input_dir),
+        vocab_size=arguments.vocab_size,
+        do_lower_case=arguments.do_lower_case,
+    )
+    write_text(arguments.output, "".join(f"{token}\n" for token in vocab))
+    print(f"vocab: {len(vocab):,} tokens -> {arguments.output}", file=sys.stderr)
+    return 0
+
+
+def _run_shards(arguments: argparse.Namespace) -> int:
+    config = ShardsConfig(
+        name=arguments.name,
+        n_training_shards=arguments.n_training_shards,
+        n_test_shards=arguments.n_test_shards,
+        fraction_test_set=arguments.fraction_test_set,
+        random_seed=arguments.random_seed,
+        do_lower_case=arguments.do_lower_case,
+        instances=_instance_config(arguments),
+    )
+    folder, summary = build_shards(
+        arguments.input_dir,
+        arguments.vocab_file,
+        arguments.output_dir,
+        config,
+        workers=_workers(arguments),
+    )
+    _warn_of_unknown(summary)
+    print(f"shards: {_one_line(summary)}", file=sys.stderr)
+    print(folder)
+    return 0
+
+
+def _run_instances(arguments: argparse.Namespace) -> int:
+    config = _instance_config(arguments)
+    tokenizer = WordPieceTokenizer.from_file(
+        arguments.vocab_file, do_lower_case=arguments.do_lower_case
+    )
+    _make_room(arguments.output_file)
+    summary = build_instances(
+        _input_files(arguments.input_file),
+        arguments.output_file,
+        tokenizer,
+        config,
+        random_seed=arguments.random_seed,
+    )
+    _warn_of_unknown(summary)
+    print(f"instances: {_one_line(summary)} -> {arguments.output_file}", file=sys.stderr)
+    return 0
+
+
+def _make_room(file: Path) -> None:
+    """Make the folder of an output file, before the long work and not after it."""
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _run_inspect(arguments: argparse.Namespace) -> int:
+    if arguments.num_rows < 0:
+        raise ConfigError(f"-n: wanted at least 0, got {arguments.num_rows}")
+    for line in look.inspect_shards(
+        arguments.path, arguments.vocab_file, num_rows=arguments.num_rows
+    ):
+        print(line)
+    return 0
+
+
+def _run_verify(arguments: argparse.Namespace) -> int:
+    num_files, problems = look.verify(arguments.path)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    print(f"verify: {num_files} files, {len(problems)} broken", file=sys.stderr)
+    return EXIT_USER if problems else 0
+
+
+def _instance_config(arguments: argparse.Namespace) -> InstanceConfig:
+    return InstanceConfig(
+        max_seq_length=arguments.max_seq_length,
+        max_predictions_per_seq=arguments.max_predictions_per_seq,
+        masked_lm_prob=arguments.masked_lm_prob,
+        short_seq_prob=arguments.short_seq_prob,
+        dupe_factor=arguments.dupe_factor,
+        whole_word_mask=arguments.whole_word_mask,
+        no_nsp=arguments.no_nsp,
+    )
+
+
+def _input_files(value: str) -> list[Path]:
+    """What `--input_file` names: a file, a folder's `.txt` files, or a list with commas."""
+    if Path(value).is_dir():
+        return corpus.text_files(Path(value))
+    files = [Path(value)] if Path(value).exists() else [Path(name) for name in value.split(",")]
+    for path in files:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
+    return files
+
+
+def _one_line(summary: dict[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {_figure(key, summary[key])}" for key in summary)
+
+
+def _figure(key: str, value: float) -> str:
+    return f"{value:.2%}" if key in ("unknown_share", "fill") else f"{value:,}"
+
+
+def _warn_of_unknown(summary: dict[str, Any]) -> None:
+    if summary["unknown_share"] > _HIGH_UNKNOWN_SHARE:
+        print(
+            f"warning: {summary['unknown_share']:.1%} of the tokens are [UNK]; "
+            "is this the vocabulary of this text?",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    run_script(main)

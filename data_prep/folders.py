@@ -1,0 +1,44 @@
+"""Output folders: which are done, which must not be touched; and text files written whole."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from zerobert.errors import ConfigError
+from zerobert.manifest import find_problems, is_complete, read_manifest
+
+
+def is_done(
+    folder: Path, *, kind: str, config: Mapping[str, Any], inputs: Mapping[str, str]
+) -> bool:
+    """Whether the folder already is what this command would make.
+
+    Raises:
+        ConfigError: something else lies there, which must not be replaced unasked.
+    """
+    if not folder.exists():
+        return False
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; choose another --output_dir")
+    if not is_complete(folder):
+        if any(folder.iterdir()):
+            raise ConfigError(
+                f"{folder} holds files that this command did not write; choose another --output_dir"
+            )
+        return False
+    manifest = read_manifest(folder)
+    wanted = json.loads(json.dumps(config))
+    if manifest.kind != kind:
+        changed = f"it holds {manifest.kind}"
+    elif different := [key for key in wanted if manifest.config.get(key) != wanted[key]]:
+        changed = "it was made with " + ", ".join(
+            f"{key} {manifest.config.get(key)!r} instead of {wanted[key]!r}" for key in different
+        )
+    elif list(manifest.inputs.values()) != list(inputs.values()):
+        changed = "it was made from other text or another vocabulary"
+    elif problems := find_problems(folder):
+        changed = f"it was changed since ({problems[0]})"
+    else:
+        return True
+    raise ConfigError(f"{folder}: {changed}; remove it or choose another output folder")

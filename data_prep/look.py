@@ -1,0 +1,212 @@
+"""The `inspect` and `verify` commands: look at shards as a person would."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from zerobert.errors import ConfigError, DataError, ManifestError
+from zerobert.manifest import MANIFEST_NAME, find_problems, is_complete, read_manifest
+from zerobert.shards import (
+    SUFFIXES,
+    Array,
+    ShardInfo,
+    check_values,
+    describe_shard,
+    find_shards,
+    read_shard,
+    shard_lower_case,
+    shard_vocabulary,
+)
+from zerobert.tokenizer import CONTINUATION, WordPieceTokenizer
+
+LEGEND = "[MASK]{was}: masked; =piece=: to be answered but left; new{was}: replaced at random"
+_GREEN, _RED, _RESET = "\033[32m", "\033[31m", "\033[0m"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Statistics:
+    """Sums over shards; every share is one of them by another."""
+
+    files: int = 0
+    rows: int = 0
+    places: int = 0
+    filled: int = 0
+    answers: int = 0
+    masked: int = 0
+    kept: int = 0
+    random_next: int = 0
+    used: Array = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=bool))
+
+    def add(self, arrays: dict[str, Array], mask_id: int) -> None:
+        """Count one shard's rows."""
+        positions, answers = arrays["masked_lm_positions"], arrays["masked_lm_ids"]
+        asked = positions > 0
+        shown = np.take_along_axis(arrays["input_ids"], positions, axis=1)
+        self.files += 1
+        self.rows += len(positions)
+        self.places += arrays["input_ids"].size
+        self.filled += int(arrays["input_mask"].sum())
+        self.answers += int(asked.sum())
+        self.masked += int((asked & (shown == mask_id)).sum())
+        self.kept += int((asked & (shown == answers)).sum())
+        self.random_next += int(arrays["next_sentence_labels"].sum())
+        self.used[np.unique(arrays["input_ids"])] = True
+
+    def lines(self) -> Iterator[str]:
+        """The statistics, one a line."""
+        answers = max(self.answers, 1)
+        replaced = self.answers - self.masked - self.kept
+        yield f"files {self.files}, rows {self.rows}"
+        yield f"fill {self.filled / self.places:.1%} of {self.places // self.rows} places a row"
+        yield f"masks a row {self.answers / self.rows:.2f}"
+        yield (
+            f"masked / kept / random {self.masked / answers:.1%} / {self.kept / answers:.1%} / "
+            f"{replaced / answers:.1%}"
+        )
+        yield f"random next {self.random_next / self.rows:.1%}"
+        yield f"vocabulary used {int(self.used.sum())} of {len(self.used)}"
+
+
+def inspect_shards(path: Path, vocab_file: Path | None, *, num_rows: int) -> Iterator[str]:
+    """The first rows as a person reads them, then the statistics of the whole, line by line.
+
+    Args:
+        path: a shard or a folder of shards.
+        vocab_file: None for the `vocab.txt` beside the shards.
+
+    Raises:
+        ConfigError: no vocabulary is found.
+        DataError: there is no shard, or one is damaged.
+    """
+    shards = _shards(path)
+    tokenizer = _vocabulary(path, vocab_file)
+    colours = sys.stdout.isatty()
+    statistics = Statistics(used=np.zeros(len(tokenizer.vocab), dtype=bool))
+    yield LEGEND
+    for shard in shards:
+        arrays = read_shard(shard.path)
+        check_values(arrays, vocab_size=len(tokenizer.vocab), where=str(shard.path))
+        for row in range(min(num_rows, shard.num_rows)):
+            yield f"\n{shard.path.name} row {row}: {_label(arrays, row)}"
+            yield _readable(arrays, row, tokenizer, colours=colours)
+        num_rows = max(0, num_rows - shard.num_rows)
+        statistics.add(arrays, tokenizer.mask_id)
+    yield ""
+    yield from statistics.lines()
+
+
+def _shards(path: Path) -> list[ShardInfo]:
+    if not path.is_dir():
+        return [describe_shard(path)]
+    shards = [*find_shards([path], "training"), *find_shards([path], "test")]
+    if not shards:
+        raise DataError(f"{path}: no shard with `train` or `test` in its name")
+    return shards
+
+
+def _vocabulary(path: Path, vocab_file: Path | None) -> WordPieceTokenizer:
+    folder = path if path.is_dir() else path.parent
+    found = vocab_file or shard_vocabulary([folder])
+    if found is None:
+        raise ConfigError(f"{folder} has no vocab.txt beside its shards; name it with --vocab_file")
+    lower_case = shard_lower_case([folder])
+    return WordPieceTokenizer.from_file(found, do_lower_case=lower_case is not False)
+
+
+def _label(arrays: dict[str, Array], row: int) -> str:
+    if not arrays["segment_ids"][row].any():
+        return "one segment"
+    return "random next" if arrays["next_sentence_labels"][row] else "actual next"
+
+
+def _readable(
+    arrays: dict[str, Array], row: int, tokenizer: WordPieceTokenizer, *, colours: bool
+) -> str:
+    """One row's text, pieces joined to words, each masked place with its answer."""
+    positions = arrays["masked_lm_positions"][row]
+    answers = dict(zip(positions.tolist(), arrays["masked_lm_ids"][row].tolist(), strict=True))
+    end = int(arrays["input_mask"][row].sum())
+    words: list[str] = []
+    for position, token in enumerate(arrays["input_ids"][row, :end].tolist()):
+        piece = tokenizer.vocab[token]
+        continues = piece.startswith(CONTINUATION)
+        piece = piece.removeprefix(CONTINUATION)
+        if position and position in answers:
+            colour = _GREEN if token == tokenizer.mask_id else _RED
+            piece = _marked(piece, tokenizer.vocab[answers[position]], token == answers[position])
+            piece = f"{colour}{piece}{_RESET}" if colours else piece
+        if continues and words:
+            words[-1] += piece
+        else:
+            words.append(piece)
+    return " ".join(words)
+
+
+def _marked(piece: str, answer: str, is_kept: bool) -> str:
+    return f"={piece}=" if is_kept else f"{piece}{{{answer}}}"
+
+
+def verify(path: Path) -> tuple[int, list[str]]:
+    """Hold files against their manifest, and shards that are in none against the layout.
+
+    Returns:
+        The number of files that were checked, and one line for each that is broken.
+
+    Raises:
+        DataError: there is nothing to check.
+    """
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    checked: set[Path] = set()
+    problems: list[str] = []
+    for folder in _visible_folders(path):
+        if is_complete(folder):
+            try:
+                checked.update(folder / name for name in read_manifest(folder).files)
+                problems += find_problems(folder)
+            except ManifestError as error:
+                checked.add(folder / MANIFEST_NAME)
+                problems.append(str(error))
+    for shard in _shard_files(path):
+        if shard not in checked:
+            checked.add(shard)
+            problems += _shard_problems(shard)
+    if not checked:
+        raise DataError(f"{path}: neither a {MANIFEST_NAME} nor an HDF5 file to check")
+    return len(checked), problems
+
+
+def _visible_folders(path: Path) -> Iterator[Path]:
+    for parent, names, _ in os.walk(path):
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        yield Path(parent)
+
+
+def _shard_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    return [
+        file
+        for folder in _visible_folders(path)
+        for file in sorted(folder.iterdir())
+        if file.suffix in SUFFIXES and not file.name.startswith(".")
+    ]
+
+
+def _shard_problems(path: Path) -> list[str]:
+    try:
+        check_values(read_shard(path), vocab_size=_vocab_size(path.parent), where=str(path))
+    except DataError as error:
+        return [str(error)]
+    return []
+
+
+def _vocab_size(folder: Path) -> int | None:
+    vocab_file = shard_vocabulary([folder])
+    if vocab_file is None:
+        return None
+    return len(WordPieceTokenizer.from_file(vocab_file, do_lower_case=True).vocab)

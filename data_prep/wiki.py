@@ -1,0 +1,298 @@
+"""MediaWiki dumps -> articles -> paragraphs.
+
+The XML is streamed: memory is one page, whatever the dump's size. Markup is parsed by
+mwparserfromhell, section by section, so that an unclosed tag costs a section and not an article.
+"""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator
+from typing import IO
+from xml.etree import ElementTree
+
+import mwparserfromhell
+from mwparserfromhell import nodes
+
+from zerobert.errors import DataError
+
+_BLOCK_BYTES = 1 << 20
+_ARTICLES = "0"
+# Namespaces whose links show a picture or file the page away: media, files, categories.
+_SILENT_NAMESPACES = frozenset({"-2", "6", "14"})
+_SILENT_NAMES = ("media", "file", "image", "category")
+# Source: MediaWiki's $wgMaxArticleSize, 2 MiB of markup.
+_MAX_PAGE_CHARACTERS = 2 << 20
+# An unclosed tag makes the parser read on to the end of the section and come back. Openings times
+# length bounds that: this much takes a few seconds, twenty times what the fullest articles need.
+_MAX_PARSER_WORK = 100_000_000
+
+_SILENT_TAGS = frozenset(
+    {
+        *("ref", "references", "gallery", "timeline", "imagemap", "table"),
+        *("math", "chem", "ce", "hiero", "score", "graph", "mapframe", "maplink"),
+        *("syntaxhighlight", "source", "code", "pre", "script", "style"),
+        *("templatedata", "templatestyles"),
+    }
+)
+# Templates that stand inside sentences: which of their arguments the reader sees.
+_INLINE_TEMPLATES = {
+    "convert": ("1", "2"),
+    "cvt": ("1", "2"),
+    "lang": ("2",),
+    "nowrap": ("1",),
+    "nobr": ("1",),
+    "abbr": ("1",),
+    "small": ("1",),
+    "smaller": ("1",),
+    "quote": ("1",),
+    "blockquote": ("1",),
+    "nihongo": ("1",),
+}
+_SILENT_SECTIONS = frozenset(
+    {
+        "references",
+        "external links",
+        "see also",
+        "further reading",
+        "notes",
+        "footnotes",
+        "bibliography",
+        "sources",
+        "citations",
+        "notes and references",
+    }
+)
+_HEADING = re.compile(r"^(={1,6})[ \t]*(.+?)[ \t]*\1[ \t]*$", re.MULTILINE)
+_REFERENCE = re.compile(r"<ref\b[^<>]*(?:/>|>[^<]*</ref\s*>)", re.IGNORECASE)
+_LINE_BREAK = re.compile(r"<(?:br|p)\b[^<>]*>|</p>", re.IGNORECASE)
+_PARSER_OPENING = re.compile(r"<[a-zA-Z]|\{\||\{\{|\[\[")
+_SWITCH = re.compile(r"__[A-Z]+__")
+_QUOTES = re.compile(r"'{2,}")
+_INTERLANGUAGE = re.compile(r"[a-z]{2,3}(?:-[a-z-]+)?:")
+_LIST_MARKS = "*#:;"
+_SENTENCE_ENDS = tuple(".!?…。！？।؟۔")
+_CLOSING_MARKS = "\"'”’)]»」』）"
+# What is left of a template, table or link that was opened in another section than it closed in.
+_RESIDUE = re.compile(r"\{\{|\}\}|\{\||\|\}|\[\[|\]\]|<ref\b|</|\|\||^[|!]")
+
+_EMPTY_BRACKETS = re.compile(r"[(\[（][^\S\n]*(?:[;,:/–-][^\S\n]*)*[)\]）]")
+_OPENING_JUNK = re.compile(r"([(（])[^\S\n]*(?:[;,:][^\S\n]*)*")
+_CLOSING_JUNK = re.compile(r"[^\S\n]*(?:[;,:][^\S\n]*)+([)）])")
+_DOUBLED_COMMAS = re.compile(r",(?:[^\S\n]*,)+")
+_SPACE_BEFORE = re.compile(r"[^\S\n]+([,.;:!?)])(?=\s|$)", re.MULTILINE)
+_SPACES = re.compile(r"[^\S\n]+")
+
+Counts = collections.Counter[str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Page:
+    """An article's markup, and what this wiki calls its media and category namespaces."""
+
+    text: str
+    namespaces: tuple[str, ...]
+
+
+def read_pages(file: IO[bytes], *, where: str, counts: Counts) -> Iterator[Page]:
+    """The articles of a pages-articles dump; redirects, other namespaces, empty pages are counted.
+
+    Raises:
+        DataError: not a complete MediaWiki dump, or one that declares a DOCTYPE.
+    """
+    target = _DumpTarget(where, counts)
+    parser = ElementTree.XMLParser(target=target)
+    try:
+        while block := file.read(_BLOCK_BYTES):
+            parser.feed(block)
+            yield from target.take_pages()
+        parser.close()
+    except ElementTree.ParseError as error:
+        raise DataError(
+            f"{where} is not a complete MediaWiki dump: {error}; fetch it again"
+        ) from error
+    yield from target.take_pages()
+
+
+class _DumpTarget:
+    """What the XML parser tells its events to: it keeps one page's fields and nothing else."""
+
+    _FIELDS = frozenset({"ns", "text", "namespace"})
+
+    def __init__(self, where: str, counts: Counts) -> None:
+        self._where = where
+        self._counts = counts
+        self._pages: list[Page] = []
+        self._namespaces: list[str] = list(_SILENT_NAMES)
+        self._fields: dict[str, str] = {}
+        self._pieces: list[str] | None = None
+        self._num_characters = 0
+        self._namespace_key = ""
+        self._is_redirect = False
+        self._depth = 0
+
+    def take_pages(self) -> list[Page]:
+        pages, self._pages = self._pages, []
+        return pages
+
+    def doctype(self, name: str, public_id: str, system_id: str) -> None:
+        """Refuse it: a dump has none, and it is where entities that explode are declared."""
+        raise DataError(f"{self._where} declares a DOCTYPE, which no MediaWiki dump does; not read")
+
+    def start(self, tag: str, attributes: dict[str, str]) -> None:
+        name = _local_name(tag)
+        if self._depth == 0 and name != "mediawiki":
+            raise DataError(
+                f"{self._where} is not a MediaWiki dump: wanted <mediawiki>, got <{name}>"
+            )
+        self._depth += 1
+        if name == "page":
+            self._fields, self._is_redirect = {}, False
+        elif name == "redirect":
+            self._is_redirect = True
+        elif name in self._FIELDS:
+            self._pieces, self._num_characters = [], 0
+            self._namespace_key = attributes.get("key", "")
+
+    def data(self, text: str) -> None:
+        if self._pieces is not None:
+            self._num_characters += len(text)
+            if self._num_characters <= _MAX_PAGE_CHARACTERS:
+                self._pieces.append(text)
+
+    def end(self, tag: str) -> None:
+        self._depth -= 1
+        name = _local_name(tag)
+        if name in self._FIELDS and self._pieces is not None:
+            self._fields[name] = "".join(self._pieces)
+            self._pieces = None
+            if name == "text" and self._num_characters > _MAX_PAGE_CHARACTERS:
+                self._fields["too large"] = name
+        if name == "namespace" and self._namespace_key in _SILENT_NAMESPACES:
+            self._namespaces.append(self._fields["namespace"].casefold())
+        if name == "page":
+            self._keep_or_count()
+
+    def _keep_or_count(self) -> None:
+        text = self._fields.get("text", "").strip()
+        if self._fields.get("ns", _ARTICLES) != _ARTICLES:
+            self._counts["pages in other namespaces"] += 1
+        elif self._is_redirect or text[:9].upper() == "#REDIRECT":
+            self._counts["redirects"] += 1
+        elif not text:
+            self._counts["empty documents"] += 1
+        elif "too large" in self._fields:
+            self._counts["pages over 2 MiB"] += 1
+        else:
+            self._pages.append(Page(text=text, namespaces=tuple(self._namespaces)))
+
+    def close(self) -> None:
+        """Nothing is left to build; the parser asks for this method."""
+
+
+def _local_name(tag: str) -> str:
+    return tag.rpartition("}")[2]
+
+
+def paragraphs(markup: str, *, namespaces: Iterable[str], counts: Counts) -> list[str]:
+    """The prose of an article; `counts` learns of sections and lines that had to be dropped."""
+    silent = frozenset(namespaces)
+    found: list[str] = []
+    for section in _sections(_without_comments(markup)):
+        prepared = _LINE_BREAK.sub("\n", _REFERENCE.sub("", section))
+        if len(_PARSER_OPENING.findall(prepared)) * len(prepared) > _MAX_PARSER_WORK:
+            counts["sections too tangled to parse"] += 1
+            continue
+        tree = mwparserfromhell.parse(prepared, skip_style_tags=True)
+        found += _prose_lines(tidy("".join(_visible(tree.nodes, silent))), counts)
+    return found
+
+
+def _without_comments(markup: str) -> str:
+    """Markup without comments, in linear time; an unclosed one hides the rest, as in MediaWiki."""
+    kept, rest = [], markup
+    while True:
+        before, opening, hidden = rest.partition("<!--")
+        kept.append(before)
+        if not opening:
+            return "".join(kept)
+        rest = hidden.partition("-->")[2]
+
+
+def _sections(markup: str) -> Iterator[str]:
+    """The text under each heading, without those that hold no prose."""
+    title, start = "", 0
+    for heading in _HEADING.finditer(markup):
+        if title not in _SILENT_SECTIONS:
+            yield markup[start : heading.start()]
+        title, start = heading[2].casefold(), heading.end()
+    if title not in _SILENT_SECTIONS:
+        yield markup[start:]
+
+
+def _visible(tree: Iterable[nodes.Node], silent: frozenset[str]) -> Iterator[str]:
+    """What a reader sees of some nodes; one walk, where removing nodes would search for each."""
+    for node in tree:
+        if isinstance(node, nodes.Text):
+            yield node.value
+        elif isinstance(node, nodes.HTMLEntity):
+            yield node.normalize()
+        elif isinstance(node, nodes.Wikilink):
+            if not _is_silent_link(str(node.title), silent):
+                label = node.title if node.text is None else node.text
+                yield "".join(_visible(label.nodes, silent)).lstrip(":")
+        elif isinstance(node, nodes.ExternalLink):
+            if node.title is not None:
+                yield from _visible(node.title.nodes, silent)
+        elif isinstance(node, nodes.Template):
+            yield from _visible_arguments(node, silent)
+        elif isinstance(node, nodes.Tag):
+            yield from _visible_tag(node, silent)
+
+
+def _is_silent_link(title: str, silent: frozenset[str]) -> bool:
+    prefix, colon, _ = title.partition(":")
+    if not colon or not prefix:
+        return False
+    return prefix.strip().casefold() in silent or bool(_INTERLANGUAGE.match(title))
+
+
+def _visible_arguments(template: nodes.Template, silent: frozenset[str]) -> Iterator[str]:
+    wanted = _INLINE_TEMPLATES.get(str(template.name).strip().casefold(), ())
+    texts = [
+        "".join(_visible(template.get(key).value.nodes, silent)).strip()
+        for key in wanted
+        if template.has(key)
+    ]
+    yield " ".join(texts)
+
+
+def _visible_tag(tag: nodes.Tag, silent: frozenset[str]) -> Iterator[str]:
+    list_mark: str | None = tag.wiki_markup
+    if list_mark and list_mark in _LIST_MARKS:
+        yield list_mark
+    elif str(tag.tag).strip().casefold() not in _SILENT_TAGS and tag.contents is not None:
+        yield from _visible(tag.contents.nodes, silent)
+
+
+def tidy(text: str) -> str:
+    """Text without what removed markup leaves behind: empty brackets, doubled spaces."""
+    text = _QUOTES.sub("", _SWITCH.sub("", text))
+    text = _OPENING_JUNK.sub(r"\1", text)
+    text = _CLOSING_JUNK.sub(r"\1", text)
+    text = _DOUBLED_COMMAS.sub(",", _EMPTY_BRACKETS.sub("", text))
+    return _SPACE_BEFORE.sub(r"\1", _SPACES.sub(" ", text))
+
+
+def _prose_lines(text: str, counts: Counts) -> Iterator[str]:
+    """Lines that read as text: of list items the sentences, and nothing that is left of markup."""
+    for raw in text.splitlines():
+        marked = raw.strip()
+        line = marked.lstrip(_LIST_MARKS + " ")
+        is_item = line != marked
+        if not line or (is_item and not line.rstrip(_CLOSING_MARKS).endswith(_SENTENCE_ENDS)):
+            continue
+        if _RESIDUE.search(line):
+            counts["lines with leftover markup"] += 1
+        else:
+            yield line
