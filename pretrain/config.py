@@ -1,0 +1,351 @@
+"""The experiment: one JSON with DeepSpeed's keys and our `"bert"` section, overridden by flags."""
+
+import argparse
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from zerobert import engine
+from zerobert.checkpoint import ModelFolder, open_model
+from zerobert.config import BertConfig, check_keys, from_dict, load_json
+from zerobert.errors import ConfigError
+from zerobert.kernels import Kernels
+from zerobert.optim import OptimizerConfig, optimizer_config
+from zerobert.schedule import ScheduleConfig
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PADDLE_JSON = REPOSITORY / "ds_configs" / "paddle_base.json"
+PRECISION_SECTIONS = ("fp16", "bf16", "torch_autocast", "data_types")
+# Names that stand for an architecture with random weights, as they do for PaddleNLP's users.
+KNOWN_NAMES: dict[str, dict[str, Any]] = {
+    "bert-base-uncased": {"size": "base"},
+    "bert-base-cased": {"size": "base"},
+    "bert-large-uncased": {"size": "large"},
+    "bert-large-cased": {"size": "large"},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The JSON's `"data"` section; the flags of the same names win.
+
+    Attributes:
+        input_dir: folders that are searched downwards for training shards.
+        eval_dir: folder with held-out shards; by default those beside the training shards.
+        vocab_file: needed only for shards that have no `vocab.txt` beside them.
+    """
+
+    input_dir: tuple[str, ...] = ("data/shards",)
+    eval_dir: str | None = None
+    vocab_file: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The JSON's `"run"` section: length, intervals in optimizer steps, and what is kept.
+
+    Attributes:
+        max_steps, num_train_epochs: where both are given, the earlier ends the run.
+        eval_steps: 0 evaluates at the end only.
+        eval_rows: held-out rows of an evaluation on the way, 0 for all; the last one uses all.
+        keep_states: training states that are kept, counted from the newest; models are all kept.
+    """
+
+    max_steps: int | None = None
+    num_train_epochs: float | None = None
+    seed: int = 42
+    logging_steps: int = 10
+    save_steps: int = 1000
+    eval_steps: int = 1000
+    eval_rows: int = 10_000
+    keep_states: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("logging_steps", "save_steps", "keep_states"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+        for name in ("eval_steps", "eval_rows", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: wanted at least 0, got {getattr(self, name)}")
+        for name in ("max_steps", "num_train_epochs"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name}: wanted above 0, got {value}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """The JSON's `"tracking"` section; metrics.jsonl is always written."""
+
+    tracker: tuple[Literal["none", "wandb"], ...] = ("none",)
+    project: str = "zerobert"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BertSection:
+    """The JSON's `"bert"` section."""
+
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
+    kernels: Kernels = dataclasses.field(default_factory=Kernels)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """A resolved experiment, before the data is seen.
+
+    Attributes:
+        name: the JSON's name, for the output folder.
+        deepspeed: DeepSpeed's own keys.
+        init_from: the folder whose weights the run starts from; None for random weights.
+    """
+
+    name: str
+    deepspeed: dict[str, Any]
+    bert: BertSection
+    optimizer: OptimizerConfig
+    init_from: ModelFolder | None
+
+    def model(self, vocab_size: int) -> BertConfig:
+        """The architecture with the vocabulary's size.
+
+        Raises:
+            ConfigError: the JSON or the initial weights ask for another size.
+        """
+        if self.init_from is not None:
+            if self.init_from.config.vocab_size != vocab_size:
+                raise ConfigError(
+                    f"{self.init_from.path} was made for {self.init_from.config.vocab_size} words, "
+                    f"the shards' vocabulary has {vocab_size}: use shards made with its vocab.txt"
+                )
+            return self.init_from.config
+        asked = self.bert.model.get("vocab_size", vocab_size)
+        if asked != vocab_size:
+            raise ConfigError(
+                f"bert.model.vocab_size is {asked}, the shards' vocabulary has {vocab_size} words; "
+                "remove vocab_size: it comes from the vocabulary"
+            )
+        return BertConfig.from_size({**self.bert.model, "vocab_size": vocab_size}, "bert.model")
+
+
+def resolve(args: argparse.Namespace) -> PretrainConfig:
+    """Dataclass defaults < JSON < flags.
+
+    Raises:
+        ConfigError: a key, a value or a combination that can't be served.
+        CheckpointError: the model folder that a flag names can't be read.
+    """
+    path = Path(args.deepspeed_config or PADDLE_JSON)
+    raw = load_json(path)
+    section = raw.pop("bert", {})
+    check_keys(raw, engine.TOP_LEVEL_KEYS, str(path))
+    bert = _override(from_dict(BertSection, section, f"{path}: bert"), args)
+    ds = _override_deepspeed(raw, args)
+    engine.check_served(ds)
+    init_from, bert = _starting_point(bert, args)
+    return PretrainConfig(
+        name=path.stem,
+        deepspeed=ds,
+        bert=bert,
+        optimizer=optimizer_config(ds.get("optimizer", {"type": "AdamW"}), f"{path}: optimizer"),
+        init_from=init_from,
+    )
+
+
+def _override(bert: BertSection, args: argparse.Namespace) -> BertSection:
+    """Flags over the sections of the same field names."""
+
+    def given(section: Any) -> Any:
+        names = {field.name for field in dataclasses.fields(section)}
+        flags = {name: value for name, value in vars(args).items() if name in names}
+        return dataclasses.replace(
+            section, **{name: value for name, value in flags.items() if value is not None}
+        )
+
+    return dataclasses.replace(
+        bert,
+        data=given(bert.data),
+        schedule=given(bert.schedule),
+        run=given(bert.run),
+        tracking=given(bert.tracking),
+    )
+
+
+def _override_deepspeed(raw: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    ds: dict[str, Any] = copy.deepcopy(dict(raw))
+    if args.precision is not None:
+        for name in PRECISION_SECTIONS:
+            ds.pop(name, None)
+        if args.precision != "fp32":
+            ds[args.precision] = {"enabled": True}
+    if args.batch_size is not None:
+        ds["train_micro_batch_size_per_gpu"] = args.batch_size
+        ds.pop("train_batch_size", None)
+        ds["gradient_accumulation_steps"] = 1
+    flags = {
+        "lr": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    if given := {name: value for name, value in flags.items() if value is not None}:
+        optimizer = ds.setdefault("optimizer", {"type": "AdamW"})
+        optimizer["params"] = {**optimizer.get("params", {}), **given}
+    return ds
+
+
+def _starting_point(
+    bert: BertSection, args: argparse.Namespace
+) -> tuple[ModelFolder | None, BertSection]:
+    """Which weights the run starts from; a known model name only sets the architecture."""
+    if args.init_from is not None:
+        return open_model(args.init_from), bert
+    name = args.model_name_or_path
+    if name is None:
+        return None, bert
+    if name in KNOWN_NAMES and not Path(name).is_dir():
+        return None, dataclasses.replace(bert, model={**bert.model, **KNOWN_NAMES[name]})
+    if not Path(name).is_dir():
+        raise ConfigError(
+            f"--model_name_or_path: {name!r} is neither a folder nor one of "
+            f"{', '.join(KNOWN_NAMES)}; to start from a hub model's weights use --init_from"
+        )
+    return open_model(name), bert
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchSizes:
+    """Sequences of an optimizer step and how they are cut."""
+
+    global_samples: int
+    micro_samples: int
+    accumulation_steps: int
+
+
+def batch_sizes(ds: Mapping[str, Any], world_size: int) -> BatchSizes:
+    """DeepSpeed's three batch keys on this many ranks; any two fix the third.
+
+    Raises:
+        ConfigError: they don't multiply, or none is given.
+    """
+    total, micro, accumulation = (
+        ds.get(name)
+        for name in (
+            "train_batch_size",
+            "train_micro_batch_size_per_gpu",
+            "gradient_accumulation_steps",
+        )
+    )
+    for value in (total, micro, accumulation):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ConfigError(f"batch sizes: wanted whole numbers above 0, got {value!r}")
+    if total is None and micro is None:
+        raise ConfigError("give train_batch_size and train_micro_batch_size_per_gpu")
+    if micro is None:
+        assert total is not None
+        micro = total // (world_size * (accumulation or 1))
+    if accumulation is None:
+        accumulation = total // (micro * world_size) if total is not None else 1
+    if total is None:
+        total = micro * accumulation * world_size
+    if micro * accumulation * world_size != total:
+        raise ConfigError(
+            f"train_batch_size {total} is not micro-batch {micro} x accumulation {accumulation} x "
+            f"{world_size} processes; choose a train_micro_batch_size_per_gpu that divides "
+            f"{total / world_size:g}"
+        )
+    return BatchSizes(global_samples=total, micro_samples=micro, accumulation_steps=accumulation)
+
+
+def total_steps(run: RunConfig, num_rows: int, global_samples: int) -> int:
+    """The optimizer steps of the whole run: the schedule's horizon.
+
+    Raises:
+        ConfigError: neither steps nor epochs are given.
+    """
+    limits = []
+    if run.max_steps is not None:
+        limits.append(run.max_steps)
+    if run.num_train_epochs is not None:
+        limits.append(math.ceil(run.num_train_epochs * num_rows / global_samples))
+    if not limits:
+        raise ConfigError(
+            "how long? give --max_steps or --num_train_epochs, or bert.run in the JSON"
+        )
+    return min(limits)
+
+
+def resolved_json(config: PretrainConfig, model: BertConfig) -> dict[str, Any]:
+    """The whole experiment as one JSON, which runs it again."""
+    bert = dataclasses.asdict(config.bert)
+    bert["model"] = dataclasses.asdict(model)
+    return {**config.deepspeed, "bert": bert}
+
+
+# What a resumed run may change without becoming another run.
+_FREE = (
+    "zero_optimization",
+    "gradient_accumulation_steps",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "flops_profiler",
+    "comms_logger",
+    "bert.tracking",
+    "bert.data",
+    "bert.run.logging_steps",
+    "bert.run.save_steps",
+    "bert.run.eval_steps",
+    "bert.run.eval_rows",
+    "bert.run.keep_states",
+    "bert.run.max_steps",
+    "bert.run.num_train_epochs",
+)
+
+
+def identity(
+    resolved: Mapping[str, Any], *, steps: int, sizes: BatchSizes, data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What makes a run this run, as flat `section.key` -> value; a resumed run agrees in all."""
+    flat: dict[str, Any] = {
+        "total_steps": steps,
+        "train_batch_size": sizes.global_samples,
+        "train_micro_batch_size_per_gpu": sizes.micro_samples,
+    }
+
+    def walk(prefix: str, value: Any) -> None:
+        if prefix in _FREE:
+            return
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, item)
+        else:
+            flat.setdefault(prefix, list(value) if isinstance(value, tuple) else value)
+
+    walk("", resolved)
+    walk("data", data)
+    return flat
+
+
+def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
+    """Refuse to resume a run under other settings.
+
+    Raises:
+        ConfigError: names each setting that differs.
+    """
+    names = sorted(set(before) | set(now))
+    changed = [
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{where} is of a run with other settings: {'; '.join(changed)}; use the settings it "
+            "was started with, another --output_dir, or --resume never"
+        )

@@ -1,0 +1,348 @@
+"""From flags and files to the objects that the loop trains with."""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain import config as pretrain_config
+from pretrain import loop, report
+from pretrain import state as run_state
+from pretrain.config import BatchSizes, PretrainConfig
+from pretrain.data import StepLoader, evaluation_batches, fingerprint
+from pretrain.signals import StopRequest
+from pretrain.state import RunFolder, TrainState
+from zerobert import checkpoint, distributed, engine, kernels, manifest
+from zerobert.device import peak_flops
+from zerobert.engine import Engine
+from zerobert.errors import ConfigError
+from zerobert.model import BertForPreTraining, num_parameters, training_flops_per_sequence
+from zerobert.optim import build_optimizer
+from zerobert.shards import ShardInfo, find_shards, shard_lower_case, shard_vocabulary
+from zerobert.tokenizer import WordPieceTokenizer
+from zerobert.tracking import open_tracker, write_status
+
+init_distributed = engine.init_distributed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that is known before the model is built."""
+
+    config: PretrainConfig
+    folder: RunFolder
+    sizes: BatchSizes
+    steps: int
+    training: tuple[ShardInfo, ...]
+    held_out: tuple[ShardInfo, ...]
+
+    @property
+    def flops_per_sequence(self) -> float:
+        """Of a training step."""
+        shard = self.training[0]
+        return training_flops_per_sequence(
+            self.folder.model, shard.seq_length, shard.max_predictions
+        )
+
+    def facts(self) -> dict[str, str]:
+        """The size of the undertaking, for `--dry_run` and the first lines of a run."""
+        with torch.device("meta"):
+            parameters = num_parameters(BertForPreTraining(self.folder.model))
+        stage = self.config.deepspeed.get("zero_optimization", {}).get("stage", 0)
+        low = engine.precision(self.config.deepspeed)
+        # Weights and gradients in the precision of the forward pass, fp32 masters beside 16 bits,
+        # and two fp32 moments; the last two are sharded from stage 1 on, gradients from stage 2.
+        width = 4 if low == "fp32" else 2
+        sharded = 8 + (4 if width == 2 else 0) + (width if stage >= 2 else 0)
+        kept = width + (0 if stage >= 2 else width)
+        ranks = distributed.world_size()
+        state_bytes = parameters * (kept + sharded / (ranks if stage else 1))
+        rows = sum(shard.num_rows for shard in self.training)
+        flops = self.flops_per_sequence * self.sizes.global_samples
+        return {
+            "parameters": f"{parameters:,}",
+            "processes": str(ranks),
+            "batch": f"{self.sizes.global_samples} sequences = {self.sizes.micro_samples} x "
+            f"{self.sizes.accumulation_steps} micro-steps x {ranks} processes",
+            "steps": f"{self.steps:,} = {self.steps * self.sizes.global_samples / rows:.2f} epochs "
+            f"of {rows:,} sequences",
+            "weights, gradients and optimizer": f"{state_bytes / 2**30:.2f} GiB a process, ZeRO "
+            f"stage {stage}, {low}",
+            "FLOPs a step": f"{flops:.3g}",
+        }
+
+
+def set_threads() -> None:
+    """Share this machine's cores among its ranks, unless the user has decided."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+
+
+def prepare(args: argparse.Namespace) -> Experiment:
+    """Read the configuration and look at the data; nothing is written.
+
+    Raises:
+        ZerobertError: what the user can mend, each with a line that says how.
+    """
+    config = pretrain_config.resolve(args)
+    engine.check_device(config.deepspeed)
+    sizes = pretrain_config.batch_sizes(config.deepspeed, distributed.world_size())
+    folders = [Path(folder) for folder in config.bert.data.input_dir]
+    training = _training_shards(folders, args)
+    eval_dir = config.bert.data.eval_dir
+    held_out = find_shards([Path(eval_dir)] if eval_dir else folders, "test")
+    if eval_dir and not held_out:
+        raise ConfigError(f"--eval_dir {eval_dir}: no HDF5 file with 'test' in its name there")
+    _check_same_shape(training, held_out)
+    tokenizer, inputs = _vocabulary(config, folders)
+    model = config.model(len(tokenizer.vocab))
+    if model.max_position_embeddings < training[0].seq_length:
+        raise ConfigError(
+            f"the shards have sequences of {training[0].seq_length}, the model has "
+            f"max_position_embeddings {model.max_position_embeddings}; raise it, or make shorter "
+            "shards"
+        )
+    data = fingerprint(training)
+    steps = pretrain_config.total_steps(config.bert.run, data["rows"], sizes.global_samples)
+    resolved = pretrain_config.resolved_json(config, model)
+    return Experiment(
+        config=config,
+        folder=RunFolder(
+            path=Path(args.output_dir or Path("runs") / config.name),
+            model=model,
+            tokenizer=tokenizer,
+            resolved=resolved,
+            identity=pretrain_config.identity(
+                resolved,
+                steps=steps,
+                sizes=sizes,
+                data={**data, "vocab_sha256": tokenizer.sha256},
+            ),
+            inputs=inputs,
+            keep_states=config.bert.run.keep_states,
+        ),
+        sizes=sizes,
+        steps=steps,
+        training=tuple(training),
+        held_out=tuple(held_out),
+    )
+
+
+def _training_shards(folders: list[Path], args: argparse.Namespace) -> list[ShardInfo]:
+    shards = find_shards(folders, "training")
+    if not shards:
+        where = ", ".join(map(str, folders))
+        raise ConfigError(
+            f"no training shards (*train*.hdf5) under {where}; make them with 'bash launch.sh prep "
+            f"shards --input_dir TEXT --vocab_file VOCAB --output_dir {folders[0]}' or name their "
+            "folder with --input_dir"
+        )
+    predictions = args.max_predictions_per_seq
+    if predictions is not None and predictions != shards[0].max_predictions:
+        raise ConfigError(
+            f"--max_predictions_per_seq is {predictions}, the shards were made with "
+            f"{shards[0].max_predictions}; leave the flag out or make other shards"
+        )
+    return shards
+
+
+def _check_same_shape(training: list[ShardInfo], held_out: list[ShardInfo]) -> None:
+    if held_out and held_out[0].seq_length != training[0].seq_length:
+        raise ConfigError(
+            f"{held_out[0].path} has sequences of {held_out[0].seq_length}, the training shards of "
+            f"{training[0].seq_length}; name held-out shards of that length with --eval_dir"
+        )
+
+
+def _vocabulary(
+    config: PretrainConfig, folders: list[Path]
+) -> tuple[WordPieceTokenizer, dict[str, str]]:
+    """The vocabulary of the shards, and the hashes of all that a run is made from."""
+    beside = shard_vocabulary(folders)
+    given = config.bert.data.vocab_file
+    if given is None and beside is None:
+        raise ConfigError(
+            f"no vocab.txt beside the shards in {', '.join(map(str, folders))}; name the one they "
+            "were made with by --vocab_file"
+        )
+    lower_case = shard_lower_case(folders)
+    tokenizer = WordPieceTokenizer.from_file(
+        Path(given) if given else beside,  # type: ignore[arg-type]
+        do_lower_case=True if lower_case is None else lower_case,
+    )
+    if given and beside and manifest.sha256_file(beside) != manifest.sha256_file(given):
+        raise ConfigError(f"--vocab_file {given} is not the vocabulary of the shards, {beside}")
+    inputs = {"vocab.txt": tokenizer.sha256}
+    for folder in folders:
+        for path in sorted(folder.rglob(manifest.MANIFEST_NAME)):
+            if not manifest.is_staging(path):
+                inputs[str(path.relative_to(folder))] = manifest.sha256_file(path)
+    return tokenizer, inputs
+
+
+def train(run: Experiment, args: argparse.Namespace, stop: StopRequest) -> int:
+    """Build the model, resume where there is something to resume, train, and write the report.
+
+    Returns:
+        0, or the exit code of the signal that ended the run.
+
+    Raises:
+        ZerobertError: what the user can mend.
+    """
+    with distributed.one_voice():
+        resume_from = _output_folder(run, args)
+    resume_from = distributed.broadcast_object(resume_from)
+    torch.manual_seed(run.config.bert.run.seed)
+    model = BertForPreTraining(run.folder.model, run.config.bert.kernels)
+    with distributed.one_voice():
+        if run.config.init_from is not None and resume_from is None:
+            new = checkpoint.load_weights(model, run.config.init_from)
+            _say(f"weights of {run.config.init_from.path}; new: {', '.join(new) or 'none'}")
+    training = Engine(model, build_optimizer(model, run.config.optimizer), _engine_config(run))
+    state = TrainState()
+    if resume_from is not None:
+        with distributed.one_voice():
+            state = run_state.restore(training, resume_from, run.folder)
+        _say(f"resumed from {resume_from} at step {state.step} of {run.steps}")
+    if state.step >= run.steps:
+        _say(f"complete: {run.folder.path / f'model_{state.step}'} is the model of the last step")
+        training.close()
+        return 0
+    with _tracker(run, state) as tracker:
+        code = _loop(run, training, state, tracker, stop, args)
+    training.close()
+    return code
+
+
+def _output_folder(run: Experiment, args: argparse.Namespace) -> Path | None:
+    """Rank 0 makes the output folder and finds the state to resume from."""
+    path = run.folder.path
+    found: Path | None = None
+    if distributed.is_main():
+        if args.resume == "never" and (aside := run_state.set_aside(path)):
+            _say(f"the earlier run is kept in {aside}")
+        found = run_state.find_state(path, args.resume)
+        with manifest.writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+        if found is not None:
+            pretrain_config.check_same_run(
+                manifest.read_manifest(found).config["identity"], run.folder.identity, str(found)
+            )
+        manifest.write_json(path / "config.json", run.folder.resolved)
+        write_status(path, "running", None)
+    return found
+
+
+def _engine_config(run: Experiment) -> dict[str, Any]:
+    return {
+        **run.config.deepspeed,
+        "train_batch_size": run.sizes.global_samples,
+        "train_micro_batch_size_per_gpu": run.sizes.micro_samples,
+        "gradient_accumulation_steps": run.sizes.accumulation_steps,
+    }
+
+
+@contextlib.contextmanager
+def _tracker(run: Experiment, state: TrainState) -> Iterator[Any]:
+    """Rank 0's tracker, closed with the outcome; None on the other ranks."""
+    if not distributed.is_main():
+        yield None
+        return
+    tracking = run.config.bert.tracking
+    tracker = open_tracker(
+        run.folder.path,
+        wandb="wandb" in tracking.tracker,
+        project=tracking.project,
+        run_name=run.folder.path.name,
+        config=run.folder.resolved,
+        resume_step=state.step,
+    )
+    try:
+        yield tracker
+    except BaseException:
+        tracker.close(1)
+        raise
+    tracker.close(0)
+
+
+def _loop(
+    run: Experiment,
+    training: Engine,
+    state: TrainState,
+    tracker: Any,
+    stop: StopRequest,
+    args: argparse.Namespace,
+) -> int:
+    settings = run.config.bert.run
+    loader = StepLoader(
+        run.training,
+        seed=settings.seed,
+        vocab_size=run.folder.model.vocab_size,
+        global_samples=run.sizes.global_samples,
+        micro_samples=run.sizes.micro_samples,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+    _print_header(run, training)
+    profiling = loop.profile(run.folder.path) if args.profile and distributed.is_main() else None
+    with profiling or contextlib.nullcontext() as profiler:
+        code = loop.train(
+            training,
+            loader,
+            (lambda everything: _held_out(run, everything)) if run.held_out else None,
+            state,
+            loop.LoopConfig(
+                total_steps=run.steps,
+                logging_steps=settings.logging_steps,
+                save_steps=settings.save_steps,
+                eval_steps=settings.eval_steps,
+                seed=settings.seed,
+                peak_lr=run.config.optimizer.params.lr,
+                schedule=run.config.bert.schedule,
+                rows_of_epoch=loader.order.num_rows,
+                flops_per_sequence=run.flops_per_sequence,
+                peak_flops=peak_flops(training.device),
+            ),
+            run.folder,
+            tracker,
+            stop,
+            profiler,
+        )
+    if distributed.is_main():
+        page = report.write_report([run.folder.path], run.folder.path / "report.html")
+        write_status(run.folder.path, "preempted" if code else "done", code, step=state.step)
+        _say(f"model: {run.folder.path / f'model_{state.step}'}  curves: {page}")
+    return code
+
+
+def _held_out(run: Experiment, everything: bool) -> Iterator[dict[str, Tensor]]:
+    return evaluation_batches(
+        run.held_out,
+        num_rows=0 if everything else run.config.bert.run.eval_rows,
+        batch_samples=run.sizes.micro_samples,
+        vocab_size=run.folder.model.vocab_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+
+
+def _print_header(run: Experiment, training: Engine) -> None:
+    for name, value in run.facts().items():
+        _say(f"{name}: {value}")
+    dtype = next(training.module.parameters()).dtype
+    for choice in kernels.describe(run.config.bert.kernels, training.device, dtype):
+        _say(f"kernel {choice.op}: {choice.chosen} ({choice.reason})")
+    if not run.held_out:
+        _say("no held-out shards: training goes on without evaluation")
+
+
+def _say(line: str) -> None:
+    if distributed.is_main():
+        print(line, flush=True)

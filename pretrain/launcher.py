@@ -1,0 +1,136 @@
+"""Start DeepSpeed's launcher on this machine, and do what it does not: signals that come in here
+reach the ranks, their exit code goes out, and no process stays behind.
+
+`python pretrain/launcher.py [--n_gpu N] [flags of pretrain/run.py]`
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from pretrain.signals import RANK_FOLDER
+from zerobert.errors import ConfigError, run_script
+
+_SCRIPT = Path(__file__).resolve().with_name("run.py")
+_POLL_S = 0.2
+
+
+def launch(argv: Sequence[str], num_ranks: int) -> int:
+    """Run `pretrain/run.py` on some ranks of this machine, to its end.
+
+    Args:
+        argv: the flags of `pretrain/run.py`.
+
+    Returns:
+        The ranks' exit code.
+    """
+    with tempfile.TemporaryDirectory(prefix="zerobert-") as folder:
+        environment = {**os.environ, RANK_FOLDER: folder}
+        cores = os.cpu_count() or 1
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_ranks)))
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks)]
+        command += ["--master_port", str(_free_port()), str(_SCRIPT), *argv]
+        received: list[signal.Signals] = []
+
+        def receive(number: int, frame: FrameType | None) -> None:
+            received.append(signal.Signals(number))
+
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, receive)
+        # A session of its own: the terminal's Ctrl-C comes to us alone, and we choose who gets it.
+        child = subprocess.Popen(command, env=environment, start_new_session=True)
+        try:
+            _forward(child, received, Path(folder))
+        finally:
+            _end_group(child.pid)
+        return _exit_code(child.returncode, Path(folder))
+
+
+def _forward(
+    child: "subprocess.Popen[bytes]", received: list[signal.Signals], folder: Path
+) -> None:
+    """Wait for the launcher's end; what was received goes to every rank, once each has started."""
+    sent: dict[Path, int] = {}
+    while child.poll() is None:
+        for path in folder.glob("*.pid"):
+            for number in received[sent.get(path, 0) :]:
+                _kill(int(path.read_text()), number)
+            sent[path] = len(received)
+        if len(received) > 2:  # the user insists
+            return
+        time.sleep(_POLL_S)
+
+
+def _kill(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+        os.kill(pid, number)
+
+
+def _end_group(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def _exit_code(launcher_code: int | None, folder: Path) -> int:
+    codes = [int(path.read_text()) for path in sorted(folder.glob("*.code"))]
+    if failed := [code for code in codes if code]:
+        return failed[0]
+    if launcher_code is None:
+        return 128 + signal.SIGKILL
+    return 128 - launcher_code if launcher_code < 0 else launcher_code
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def default_ranks() -> int:
+    """One rank for each CUDA device; one on a machine without."""
+    import torch  # seconds to import, and not needed where --n_gpu is given
+
+    return max(1, torch.cuda.device_count())
+
+
+def split_ranks(argv: Sequence[str]) -> tuple[list[str], int | None]:
+    """Take `--n_gpu N` out of the flags.
+
+    Raises:
+        ConfigError: N is not a whole number above 0 (0 stands for the CPU: one process).
+    """
+    rest, ranks = [], None
+    flags = iter(argv)
+    for flag in flags:
+        name, _, value = flag.partition("=")
+        if name != "--n_gpu":
+            rest.append(flag)
+            continue
+        text = value or next(flags, "")
+        if not text.isdigit():
+            raise ConfigError(f"--n_gpu: wanted a whole number, got {text!r}")
+        ranks = max(1, int(text))
+    return rest, ranks
+
+
+def main() -> int:
+    """Launch with the flags of this command line."""
+    argv, ranks = split_ranks(sys.argv[1:])
+    if {"-h", "--help"} & set(argv):
+        return subprocess.call([sys.executable, str(_SCRIPT), "--help"])
+    return launch(argv, ranks or default_ranks())
+
+
+if __name__ == "__main__":
+    run_script(main)

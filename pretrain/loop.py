@@ -1,0 +1,267 @@
+"""The training loop and the evaluation: read it from top to bottom."""
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pretrain import state as run_state
+from pretrain.data import StepBatch, StepLoader, dropout_seed
+from pretrain.signals import StopRequest
+from pretrain.state import RunFolder, TrainState
+from zerobert import distributed, schedule
+from zerobert.engine import Engine
+from zerobert.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, TrainingDivergedError
+from zerobert.model import PretrainingLosses
+from zerobert.schedule import ScheduleConfig
+from zerobert.tracking import Tracker
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """What the loop itself uses of an experiment."""
+
+    total_steps: int
+    logging_steps: int
+    save_steps: int
+    eval_steps: int
+    seed: int
+    peak_lr: float
+    schedule: ScheduleConfig
+    rows_of_epoch: int
+    flops_per_sequence: float
+    peak_flops: float | None
+
+
+@dataclasses.dataclass(kw_only=True)
+class Window:
+    """What has added up since the last log line; the losses stay on the device until then."""
+
+    mlm_loss_sum: Tensor | float = 0.0
+    nsp_loss_sum: Tensor | float = 0.0
+    num_masked: float = 0.0
+    samples: int = 0
+    tokens: int = 0
+    steps: int = 0
+    reader_s: float = 0.0
+    started_s: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def add(self, losses: PretrainingLosses) -> None:
+        """Add one micro-step's sums."""
+        self.mlm_loss_sum = self.mlm_loss_sum + losses.mlm_loss_sum.detach()
+        self.nsp_loss_sum = self.nsp_loss_sum + losses.nsp_loss_sum.detach()
+
+
+HeldOut = Callable[[bool], Iterable[dict[str, Tensor]]]
+
+
+def train(
+    engine: Engine,
+    loader: StepLoader,
+    held_out: HeldOut | None,
+    state: TrainState,
+    cfg: LoopConfig,
+    run: RunFolder,
+    tracker: Tracker | None,
+    stop: StopRequest,
+    profiler: Any = None,
+) -> int:
+    """Train to the last step, or until asked to stop; saves in both cases.
+
+    Args:
+        held_out: gives this rank's held-out batches, all of them when called with True; None where
+            there are none.
+        tracker: rank 0's; None on the others.
+
+    Returns:
+        0, or the exit code of the signal that ended the run.
+
+    Raises:
+        TrainingDivergedError: the loss is not a finite number.
+    """
+    engine.train()
+    window = Window()
+    saved_step = state.step
+    started_s = time.perf_counter() - state.elapsed_s
+    batches = loader.steps(state.samples)
+    exit_code = 0
+    while state.step < cfg.total_steps and not exit_code:
+        waited_s = time.perf_counter()
+        batch = next(batches)
+        window.reader_s += time.perf_counter() - waited_s
+
+        lr = cfg.peak_lr * schedule.factor(cfg.schedule, state.step, total_steps=cfg.total_steps)
+        exit_code, num_tokens = train_step(engine, batch, window, lr, cfg.seed, stop)
+        state.advance(samples=engine.global_batch_samples, tokens=num_tokens)
+        state.elapsed_s = time.perf_counter() - started_s
+        if profiler is not None:
+            profiler.step()
+
+        is_last = state.step == cfg.total_steps
+        if state.step % cfg.logging_steps == 0 or is_last or exit_code:
+            log(engine, window, state, lr, cfg, tracker)  # waits for the device
+            window = Window()
+        if held_out and (is_last or (cfg.eval_steps and state.step % cfg.eval_steps == 0)):
+            metrics = evaluate(engine, held_out(is_last))
+            if tracker is not None:
+                print_evaluation(state.step, metrics)
+                tracker.log(state.step, metrics)
+            window.started_s = time.perf_counter()
+        if state.step % cfg.save_steps == 0 or is_last or exit_code:
+            run_state.save(engine, state, run)
+            saved_step = state.step
+            window.started_s = time.perf_counter()
+    batches.close()  # type: ignore[attr-defined]
+    assert saved_step == state.step
+    return exit_code
+
+
+def train_step(
+    engine: Engine, batch: StepBatch, window: Window, lr: float, seed: int, stop: StopRequest
+) -> tuple[int, int]:
+    """One optimizer step over the global batch.
+
+    The masked-LM loss is the mean over all masked positions of the global batch, however it is cut
+    into ranks and micro-steps; dropout depends on the samples alone.
+
+    Returns:
+        The exit code of a signal that any rank has received (0 for none), and the tokens of the
+        global batch, padding not counted.
+    """
+    tokens = sum(int(micro["input_mask"].sum()) for micro in batch.micro_batches)
+    flags = [float(stop.exit_code == code) for code in (EXIT_TERMINATED, EXIT_INTERRUPTED)]
+    num_masked, num_tokens, terminated, interrupted = distributed.all_reduce_sum(
+        [batch.num_masked, tokens, *flags]
+    )
+    exit_code = EXIT_TERMINATED if terminated else EXIT_INTERRUPTED if interrupted else 0
+    for micro, first in zip(batch.micro_batches, batch.first_samples, strict=True):
+        torch.manual_seed(dropout_seed(seed, first))
+        losses = engine.forward(**{name: x.to(engine.device) for name, x in micro.items()})
+        mlm_share = losses.mlm_loss_sum / max(num_masked, 1)
+        nsp_share = losses.nsp_loss_sum / engine.global_batch_samples
+        engine.backward(mlm_share + nsp_share)
+        engine.step(lr)
+        window.add(losses)
+    window.num_masked += num_masked
+    window.samples += engine.global_batch_samples
+    window.tokens += int(num_tokens)
+    window.steps += 1
+    return exit_code, int(num_tokens)
+
+
+def log(
+    engine: Engine,
+    window: Window,
+    state: TrainState,
+    lr: float,
+    cfg: LoopConfig,
+    tracker: Tracker | None,
+) -> None:
+    """Means over the window: to the console, metrics.jsonl and the trackers; collective.
+
+    Raises:
+        TrainingDivergedError: the loss is not a finite number.
+    """
+    mlm_sum, nsp_sum = distributed.all_reduce_sum(
+        [float(window.mlm_loss_sum), float(window.nsp_loss_sum)]
+    )
+    mlm_loss, nsp_loss = mlm_sum / max(window.num_masked, 1), nsp_sum / window.samples
+    seconds = time.perf_counter() - window.started_s
+    samples_per_s = window.samples / seconds
+    flops_per_s = samples_per_s * cfg.flops_per_sequence / distributed.world_size()
+    epoch, position = divmod(state.samples, cfg.rows_of_epoch)
+    metrics = {
+        "samples": state.samples,
+        "tokens": state.tokens,
+        "epoch": state.samples / cfg.rows_of_epoch,
+        "elapsed_s": state.elapsed_s,
+        "train/loss": mlm_loss + nsp_loss,
+        "train/mlm_loss": mlm_loss,
+        "train/nsp_loss": nsp_loss,
+        "train/lr": lr,
+        "train/grad_norm": engine.grad_norm,
+        "train/loss_scale": engine.loss_scale,
+        "train/skipped_steps": engine.skipped_steps,
+        "perf/samples_per_s": samples_per_s,
+        "perf/tokens_per_s": window.tokens / seconds,
+        "perf/mfu": flops_per_s / cfg.peak_flops if cfg.peak_flops else None,
+        "perf/data_wait_frac": window.reader_s / seconds,
+    }
+    if tracker is not None:
+        print(
+            f"global step: {state.step}, epoch: {epoch}, "
+            f"batch: {position // engine.global_batch_samples}, loss: {mlm_loss + nsp_loss:f}, "
+            f"avg_reader_cost: {window.reader_s / window.steps:.5f} sec, "
+            f"avg_batch_cost: {seconds / window.steps:.5f} sec, "
+            f"avg_samples: {window.samples / window.steps:.5f}, "
+            f"ips: {samples_per_s:.5f} sequences/sec",
+            flush=True,
+        )
+        tracker.log(state.step, metrics)
+    if not math.isfinite(mlm_loss + nsp_loss):
+        raise TrainingDivergedError(
+            f"the loss is {mlm_loss + nsp_loss} at step {state.step}; the newest complete state is "
+            f"kept: lower the learning rate or lengthen the warm-up, and start from it"
+        )
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
+    """Held-out losses and accuracies with exact counts over all ranks; collective."""
+    engine.train(False)
+    sums = torch.zeros(6, dtype=torch.float64)
+    bar = tqdm(
+        batches,
+        desc="evaluate",
+        leave=False,
+        disable=not (distributed.is_main() and sys.stderr.isatty()),
+    )
+    for batch in bar:
+        losses = engine.module(**{name: x.to(engine.device) for name, x in batch.items()})
+        masked = batch["masked_lm_positions"].count_nonzero()
+        parts: Sequence[Tensor] = [
+            losses.mlm_loss_sum,
+            losses.mlm_correct,
+            masked,
+            losses.nsp_loss_sum,
+            losses.nsp_correct,
+            torch.tensor(len(batch["input_ids"])),
+        ]
+        sums += torch.stack([part.detach().cpu().double() for part in parts])
+    engine.train()
+    mlm_loss, mlm_correct, num_masked, nsp_loss, nsp_correct, rows = distributed.all_reduce_sum(
+        sums.tolist()
+    )
+    return {
+        "eval/mlm_loss": mlm_loss / max(num_masked, 1),
+        "eval/mlm_accuracy": mlm_correct / max(num_masked, 1),
+        "eval/nsp_loss": nsp_loss / max(rows, 1),
+        "eval/nsp_accuracy": nsp_correct / max(rows, 1),
+        "eval/rows": int(rows),
+    }
+
+
+def print_evaluation(step: int, metrics: dict[str, float]) -> None:
+    """One line for people."""
+    print(
+        f"eval step: {step}, mlm_loss: {metrics['eval/mlm_loss']:f}, "
+        f"mlm_accuracy: {metrics['eval/mlm_accuracy']:f}, "
+        f"nsp_accuracy: {metrics['eval/nsp_accuracy']:f}, rows: {metrics['eval/rows']:.0f}",
+        flush=True,
+    )
+
+
+def profile(output_dir: Path) -> Any:
+    """A torch profiler of six steps after warm-up, that writes `trace.json` for chrome://tracing."""
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=2, warmup=2, active=6, repeat=1),
+        on_trace_ready=lambda trace: trace.export_chrome_trace(str(output_dir / "trace.json")),
+        record_shapes=True,
+    )

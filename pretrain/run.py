@@ -1,0 +1,129 @@
+"""Pretrain BERT: `deepspeed pretrain/run.py --deepspeed_config ds_configs/bert_base.json [flags]`.
+
+Also under torchrun and as plain `python`. docs/reproduce.md has the recipes.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from pretrain.launcher import launch
+from pretrain.signals import StopRequest, report_exit
+from zerobert.errors import ArgumentParser, exit_code, run_script
+
+if TYPE_CHECKING:
+    from pretrain.experiment import Experiment
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The command line; None stands for what the JSON or a default decides."""
+    parser = ArgumentParser(
+        prog="pretrain/run.py",
+        description="Pretrain BERT on HDF5 shards with DeepSpeed.",
+        epilog="example: deepspeed pretrain/run.py --deepspeed_config ds_configs/bert_base.json "
+        "--input_dir data/shards --output_dir runs/base",
+    )
+    add = parser.add_argument
+    add("--deepspeed_config", metavar="JSON", help="the experiment (default: paddle_base.json)")
+    add("--input_dir", metavar="DIR", action="append", help="shards; repeatable (data/shards)")
+    add(
+        "--eval_dir",
+        metavar="DIR",
+        help="held-out shards (default: those beside the training ones)",
+    )
+    add("--vocab_file", metavar="FILE", help="for shards with no vocab.txt beside them")
+    add("--output_dir", metavar="DIR", help="default: runs/<the JSON's name>")
+    add("--max_steps", type=_limit, metavar="N", help="optimizer steps")
+    add("--num_train_epochs", type=float, metavar="X", help="the earlier of both ends the run")
+    add("--resume", default="auto", metavar="auto|never|DIR", help="default: auto")
+    add("--init_from", metavar="MODEL", help="start from a model folder's weights")
+    add("--seed", type=int, metavar="N")
+    add("--precision", choices=("fp32", "bf16", "fp16"), help="replaces the JSON's sections")
+    add("--tracker", action="append", choices=("none", "wandb"), help="repeatable (default: none)")
+    add("--eval_steps", type=int, metavar="N", help="0: only at the end")
+    add("--eval_rows", type=int, metavar="N", help="held-out rows on the way; 0: all (10000)")
+    add("--profile", action="store_true", help="trace a few steps into trace.json")
+    add("--dry_run", action="store_true", help="print what would run, and stop")
+    paddle = parser.add_argument_group("flags that PaddleNLP's run_pretrain.py has too")
+    add = paddle.add_argument
+    add("--model_type", choices=("bert",), default="bert")
+    add("--model_name_or_path", metavar="NAME|DIR", help="a known name is its architecture")
+    add("--max_predictions_per_seq", type=int, metavar="N", help="checked against the shards")
+    add("--batch_size", type=int, metavar="N", help="sequences per device and step")
+    add("--learning_rate", type=float, metavar="X", help="peak rate")
+    add("--weight_decay", type=float, metavar="X")
+    add("--adam_epsilon", type=float, metavar="X")
+    add("--warmup_steps", type=int, metavar="N")
+    add("--logging_steps", type=int, metavar="N")
+    add("--save_steps", type=int, metavar="N")
+    add("--n_gpu", type=int, metavar="N", help="more than 1 starts the launcher; 0 is the CPU")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def _limit(text: str) -> int | None:
+    """A number of steps; PaddleNLP's default of -1 means no limit."""
+    return None if text == "-1" else int(text)
+
+
+def main() -> int:
+    """Parse, hand over to the launcher where several processes are wanted, else train."""
+    args = parse_args(sys.argv[1:])
+    if args.n_gpu == 0:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if (args.n_gpu or 0) > 1 and "RANK" not in os.environ:
+        return launch(sys.argv[1:], args.n_gpu)
+    stop = StopRequest()
+    try:
+        code = _train(args, stop)
+    except BaseException as error:
+        report_exit(exit_code(error))
+        raise
+    report_exit(code)
+    return code
+
+
+def _train(args: argparse.Namespace, stop: StopRequest) -> int:
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("deepspeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
+    # These take seconds to import: a wrong flag is told before.
+    from pretrain import experiment
+    from zerobert import distributed
+    from zerobert.tracking import write_status
+
+    experiment.set_threads()
+    experiment.init_distributed()
+    with distributed.one_voice():
+        run = experiment.prepare(args)
+    if args.dry_run:
+        if distributed.is_main():
+            _print_plan(run)
+        return 0
+    output_dir = run.folder.path
+    try:
+        code = experiment.train(run, args, stop)
+    except BaseException as error:
+        if distributed.is_main() and output_dir.is_dir():
+            text = " ".join(str(error).split())
+            write_status(output_dir, "failed", exit_code(error), error=text)
+        raise
+    return code
+
+
+def _print_plan(run: "Experiment") -> None:
+    print(json.dumps(run.folder.resolved, indent=2))
+    for name, value in run.facts().items():
+        print(f"{name}: {value}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,46 @@
+"""Ending a run from outside: SIGTERM and SIGUSR1 (preemption) and Ctrl-C save first.
+
+The launcher of this project forwards the signals to the ranks, whose process numbers it reads from
+a folder that it names in the environment.
+"""
+
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+
+from zerobert.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
+
+RANK_FOLDER = "ZEROBERT_RANK_FOLDER"
+_EXIT_CODES = {
+    signal.SIGTERM: EXIT_TERMINATED,
+    signal.SIGUSR1: EXIT_TERMINATED,
+    signal.SIGINT: EXIT_INTERRUPTED,
+}
+
+
+class StopRequest:
+    """Remembers that the process was asked to end; a second Ctrl-C ends it at once."""
+
+    def __init__(self) -> None:
+        self.exit_code = 0
+        for number in _EXIT_CODES:
+            signal.signal(number, self._remember)
+        _write_rank_file("pid", os.getpid())
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.exit_code = _EXIT_CODES[signal.Signals(number)]
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def report_exit(code: int) -> None:
+    """Tell the launcher what this rank exits with: DeepSpeed's own does not always pass it on."""
+    _write_rank_file("code", code)
+
+
+def _write_rank_file(suffix: str, value: int) -> None:
+    if folder := os.environ.get(RANK_FOLDER):
+        path = Path(folder) / f"{os.environ.get('RANK', '0')}.{suffix}"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(str(value))
+        temporary.rename(path)

@@ -1,0 +1,193 @@
+"""A run's folders: `model_<step>/` for the world, `state_<step>/` to resume from, `latest`.
+
+A folder is complete or absent; `latest` moves last.
+"""
+
+import dataclasses
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import check_same_run
+from zerobert import checkpoint, distributed, manifest
+from zerobert.config import BertConfig
+from zerobert.engine import Engine
+from zerobert.errors import CheckpointError, ConfigError, ManifestError, ZerobertError
+from zerobert.tokenizer import WordPieceTokenizer
+
+LATEST_NAME = "latest"
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainState:
+    """Where a run stands: all that changes in it beside weights and optimizer."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    elapsed_s: float = 0.0
+
+    def advance(self, *, samples: int, tokens: int) -> None:
+        """Count one optimizer step."""
+        self.step += 1
+        self.samples += samples
+        self.tokens += tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """What is needed to write a run's folders.
+
+    Attributes:
+        identity: what a resumed run must agree in (`pretrain.config.identity`).
+        inputs: name -> sha256 of the vocabulary and the data's manifests.
+    """
+
+    path: Path
+    model: BertConfig
+    tokenizer: WordPieceTokenizer
+    resolved: Mapping[str, Any]
+    identity: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    keep_states: int
+
+
+def save(engine: Engine, state: TrainState, run: RunFolder) -> None:
+    """Write the model folder, then the state, then `latest`; collective.
+
+    Raises:
+        DataError: a folder can't be written (on rank 0; the launcher ends the others).
+    """
+    weights = engine.full_state()
+    if distributed.is_main():
+        _save_model(engine, weights, state, run)
+    folder = run.path / f"state_{state.step}"
+    staging = manifest.staging_path(folder)
+    if distributed.is_main():
+        shutil.rmtree(staging, ignore_errors=True)
+        with manifest.writing(staging):
+            staging.mkdir(parents=True)
+    distributed.barrier()
+    try:
+        engine.save(staging, dataclasses.asdict(state))
+        distributed.barrier()
+        if distributed.is_main():
+            config = {
+                "step": state.step,
+                "world_size": distributed.world_size(),
+                "identity": dict(run.identity),
+            }
+            manifest.write_manifest(staging, kind="state", config=config, inputs=run.inputs)
+            manifest.publish_folder(staging, folder)
+            manifest.write_text(run.path / LATEST_NAME, folder.name + "\n")
+            _prune(run.path, run.keep_states)
+    except ZerobertError:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    distributed.barrier()
+
+
+def _save_model(
+    engine: Engine, weights: Mapping[str, Any], state: TrainState, run: RunFolder
+) -> None:
+    facts = {
+        "optimizer steps": state.step,
+        "sequences": state.samples,
+        "tokens": state.tokens,
+        "training": "masked LM + next sentence prediction",
+        "precision": run.identity.get("precision", "fp32"),
+    }
+    checkpoint.save_model(
+        run.path / f"model_{state.step}",
+        engine.module,
+        run.model,
+        run.tokenizer,
+        card=checkpoint.model_card(title="BERT pretrained with zerobert", facts=facts),
+        state=weights,
+        source=run.resolved,
+        inputs=run.inputs,
+    )
+
+
+def _prune(path: Path, keep: int) -> None:
+    for folder in _states(path)[keep:]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _states(path: Path) -> list[Path]:
+    """Complete states, newest first."""
+    found = [
+        folder
+        for folder in path.glob("state_*")
+        if re.fullmatch(r"state_\d+", folder.name) and manifest.is_complete(folder)
+    ]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("state_")), reverse=True)
+
+
+def find_state(path: Path, resume: str) -> Path | None:
+    """The state to resume from, its checksums verified; None to start anew.
+
+    A damaged newest state falls back to the one before it, and says so.
+
+    Args:
+        resume: `auto`, `never`, or the path of a state folder.
+
+    Raises:
+        CheckpointError: the state that was named can't be used, or all there are, are damaged.
+    """
+    if resume == "never":
+        return None
+    candidates = _states(path) if resume == "auto" else [Path(resume)]
+    problems = []
+    for folder in candidates:
+        try:
+            manifest.verify_folder(folder)
+        except ManifestError as error:
+            print(f"warning: {folder} is damaged and not used: {error}", flush=True)
+            problems.append(str(error))
+        else:
+            return folder
+    if problems:
+        raise CheckpointError(
+            f"no usable training state: {problems[0]}; "
+            "start over with --resume never, or choose another --output_dir"
+        )
+    return None
+
+
+def restore(engine: Engine, folder: Path, run: RunFolder) -> TrainState:
+    """Bring an engine to where a state was saved; collective.
+
+    Raises:
+        ConfigError: the state is of a run with other settings or another number of processes.
+        CheckpointError: the state can't be loaded.
+    """
+    saved = manifest.read_manifest(folder).config
+    check_same_run(saved["identity"], run.identity, str(folder))
+    if saved["world_size"] != distributed.world_size():
+        raise ConfigError(
+            f"{folder} was saved by {saved['world_size']} processes, this run has "
+            f"{distributed.world_size()}; resume with {saved['world_size']}"
+        )
+    client_state = engine.load(folder)
+    return TrainState(
+        **{field.name: client_state[field.name] for field in dataclasses.fields(TrainState)}
+    )
+
+
+def set_aside(path: Path) -> Path | None:
+    """Move an earlier run's folder out of the way of one that starts anew; nothing is deleted.
+
+    Returns:
+        Where it went; None where there was no run.
+    """
+    if not _states(path):
+        return None
+    number = 1
+    while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
+        number += 1
+    with manifest.writing(aside):
+        path.rename(aside)
+    return aside
