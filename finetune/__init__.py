@@ -1,0 +1,1 @@
+"""A pretrained model and a labelled task -> a fine-tuned model, its score and its predictions."""

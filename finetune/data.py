@@ -1,0 +1,248 @@
+"""A task's examples: from its official files, from a user's own, or from the Hugging Face hub."""
+
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune.tables import read_rows
+from finetune.tasks import Split, Task, plain
+from zerobert.errors import ConfigError, DataError, MissingDependencyError
+from zerobert.manifest import sha256_file
+
+HUB_DATASET = "nyu-mll/glue"
+_MRPC_DEV_IDS = "dev_ids.tsv"
+_MRPC_ID_COLUMNS = ("#1 ID", "#2 ID")
+
+Labels = npt.NDArray[np.int64] | npt.NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Examples:
+    """One split, read.
+
+    Args:
+        source: the file, or the hub's name of it.
+        version: the file's sha256, or the hub's fingerprint.
+        second: the second texts of a sentence-pair task.
+        labels: class indices or scores; None for a test set.
+    """
+
+    source: str
+    version: str
+    first: list[str]
+    second: list[str] | None
+    labels: Labels | None
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+
+def choose_folder(task: Task, data_dir: Path | None) -> Path | None:
+    """The folder with the task's files, None where only the hub is left.
+
+    Args:
+        data_dir: that folder, or a GLUE root that holds it; None to search the usual roots.
+
+    Raises:
+        DataError: `data_dir` was given and does not hold the task.
+    """
+    if data_dir is None:
+        roots = glue_roots(None)
+        return next((found for root in roots if (found := find_in_root(task, root))), None)
+    if found := find_in_root(task, data_dir):
+        return found
+    if _holds(data_dir, task):
+        return data_dir
+    raise DataError(
+        f"--data_dir {data_dir}: found no {_wanted_files(task)}, neither there nor in "
+        f"{task.folders[0]}/ there; give the task's folder or the GLUE folder that holds it"
+    )
+
+
+def glue_roots(data_dir: Path | None) -> list[Path]:
+    """Where GLUE's folders are looked for: as told, else in `$GLUE_DIR` and `data/glue`."""
+    if data_dir is not None:
+        return [data_dir]
+    return [Path(root) for root in (os.environ.get("GLUE_DIR"), "data/glue") if root]
+
+
+def find_in_root(task: Task, root: Path) -> Path | None:
+    """The task's folder inside a GLUE root, however its name is spelled."""
+    names = {plain(name) for name in task.folders}
+    folders = sorted(path for path in root.glob("*") if plain(path.name) in names)
+    return next((folder for folder in folders if _holds(folder, task)), None)
+
+
+def _holds(folder: Path, task: Task) -> bool:
+    splits = [split for split in (task.train, *task.dev, *task.test) if split]
+    return any((folder / file.name).is_file() for split in splits for file in split.files)
+
+
+def _wanted_files(task: Task) -> str:
+    splits = [split for split in (task.train, *task.dev) if split] or task.test
+    return " and ".join(split.files[0].name for split in splits)
+
+
+def load_split(task: Task, split: Split, folder: Path | None) -> Examples:
+    """Read one split, warning of a row count that is not the official one.
+
+    Args:
+        folder: the task's folder; None for the hub.
+
+    Raises:
+        DataError: the file is missing, empty or broken, or the hub can't be reached.
+        MissingDependencyError: the hub is wanted and `datasets` is not installed.
+    """
+    examples = _from_hub(task, split) if folder is None else _from_folder(task, split, folder)
+    if not len(examples):
+        raise DataError(f"{examples.source}: no rows; the file is empty or was cut off")
+    if split.num_rows is not None and len(examples) != split.num_rows:
+        print(
+            f"warning: {examples.source}: wanted {task.name}'s official {split.num_rows} rows, got "
+            f"{len(examples)}; scores can't be compared with published ones",
+            file=sys.stderr,
+        )
+    return examples
+
+
+def _from_folder(task: Task, split: Split, folder: Path) -> Examples:
+    file = next((file for file in split.files if (folder / file.name).is_file()), None)
+    if file is None:
+        wanted = " or ".join(str(folder / file.name) for file in split.files)
+        raise DataError(f"{wanted}: no such file; put {task.name}'s official file there")
+    path = folder / file.name
+    has_labels = not split.submission
+    keep = _listed_ids(folder) if file.rows != "all" else None
+    columns = (
+        *task.text_columns,
+        *([task.label_column] if has_labels else []),
+        *(_MRPC_ID_COLUMNS if keep is not None else []),
+    )
+    num_texts = len(task.text_columns)
+    texts: list[tuple[str, ...]] = []
+    labels: list[float] = []
+    # Predictions are numbered by row, so a test set has none to spare.
+    skips = task.skips_broken_rows and has_labels
+    for line, cells in read_rows(path, columns, header=file.header, skips_broken_rows=skips):
+        if keep is not None and (cells[-2:] in keep) != (file.rows == "listed"):
+            continue
+        texts.append(cells[:num_texts])
+        if has_labels:
+            labels.append(_parse_label(task, cells[num_texts], path, line))
+    return Examples(
+        source=str(path),
+        version=sha256_file(path),
+        first=[row[0] for row in texts],
+        second=[row[1] for row in texts] if num_texts > 1 else None,
+        labels=_label_array(task, labels) if has_labels else None,
+    )
+
+
+def _listed_ids(folder: Path) -> set[tuple[str, ...]]:
+    path = folder / _MRPC_DEV_IDS
+    if not path.is_file():
+        raise DataError(
+            f"{path}: no such file; it says which rows of MRPC's original release are the dev set"
+        )
+    return {cells for _, cells in read_rows(path, _MRPC_ID_COLUMNS, header=_MRPC_ID_COLUMNS)}
+
+
+def _parse_label(task: Task, text: str, path: Path, line: int) -> float:
+    if task.is_regression:
+        score = _number(text)
+        if score is None:
+            raise DataError(
+                f"{path} line {line}: wanted a number in {task.label_column!r}, got {text!r}"
+            )
+        return score
+    if text not in task.labels:
+        raise DataError(
+            f"{path} line {line}: unknown label {text!r} in {task.label_column!r}; "
+            f"{task.name} knows {', '.join(task.labels)}"
+        )
+    return task.labels.index(text)
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _label_array(task: Task, labels: Sequence[float]) -> Labels:
+    if task.is_regression:
+        return np.array(labels, dtype=np.float32)
+    return np.array(labels, dtype=np.int64)
+
+
+def find_labels(path: Path, label_column: str) -> tuple[str, ...]:
+    """The distinct labels of a user's own file, sorted; numbers by value.
+
+    Raises:
+        DataError: the file can't be read, or all its rows have one label.
+    """
+    labels = sorted({cells[0] for _, cells in read_rows(path, [label_column])})
+    if len(labels) < 2:
+        raise DataError(
+            f"{path}: wanted two or more labels in {label_column!r}, "
+            f"got {', '.join(map(repr, labels)) or 'no rows'}"
+        )
+    values = {label: _number(label) for label in labels}
+    if None in values.values():
+        return tuple(labels)
+    return tuple(sorted(labels, key=lambda label: values[label] or 0.0))
+
+
+def _from_hub(task: Task, split: Split) -> Examples:
+    where = (
+        f"put the official files into data/glue/{task.folders[0]}/, or name their folder with "
+        "--data_dir or GLUE_DIR"
+    )
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"no data for {task.name}: {where}; or, with network: pip install datasets"
+        ) from error
+    name = f"{HUB_DATASET} {task.hub_config}/{split.hub}"
+    try:
+        table = datasets.load_dataset(HUB_DATASET, task.hub_config, split=split.hub)
+    except OSError as error:  # no network and nothing cached: datasets' own errors are OSErrors
+        raise DataError(f"{name} can't be had from the hub ({error}); {where}") from error
+    names = getattr(table.features["label"], "names", None)
+    if names and tuple(names) != task.label_names:
+        raise DataError(
+            f"{name}: wanted the labels {', '.join(task.label_names)}, got {', '.join(names)}; "
+            f"{where}"
+        )
+    columns = [list(table[column]) for column in task.hub_text_columns]
+    labels = _label_array(task, table["label"]) if not split.submission else None
+    return Examples(
+        source=name,
+        version=str(table._fingerprint),
+        first=columns[0],
+        second=columns[1] if len(columns) > 1 else None,
+        labels=labels,
+    )
+
+
+def parse_columns(text: str) -> tuple[str, ...]:
+    """`a` or `a,b`, as `--text_columns` is written.
+
+    Raises:
+        ConfigError: not one or two names.
+    """
+    columns = tuple(column.strip() for column in text.split(","))
+    if not 1 <= len(columns) <= 2 or not all(columns):
+        raise ConfigError(
+            f"--text_columns: wanted one name, or two with a comma between, got {text!r}"
+        )
+    return columns
