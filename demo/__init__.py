@@ -1,0 +1,1 @@
+"""The whole pipeline on real text that Python packages carry: `bash launch.sh demo`."""
