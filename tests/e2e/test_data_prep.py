@@ -1,0 +1,272 @@
+"""The user's own commands of the data stage, as subprocesses."""
+
+import bz2
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = [
+    *("river", "mountain", "harbour", "winter", "garden", "engine", "letter", "window"),
+    *("market", "shadow", "copper", "violin", "bridge", "candle", "orchard", "signal"),
+    *("thunder", "village", "lantern", "compass"),
+]
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "data_prep", *map(str, arguments)]
+
+
+def run(
+    *arguments: object, code: int = 0, preexec_fn: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        command(*arguments),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=preexec_fn,
+    )
+    assert result.returncode == code, result.stderr
+    return result
+
+
+def refused(*arguments: object, preexec_fn: Callable[[], None] | None = None) -> str:
+    """The one line on stderr of a command that the user has to mend."""
+    lines = run(*arguments, code=2, preexec_fn=preexec_fn).stderr.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def article(number: int) -> str:
+    first, second = WORDS[number % 20], WORDS[(number * 7 + 3) % 20]
+    return " ".join(
+        f"The {first} and the {second} met {WORDS[(number + line) % 20]} number {line}."
+        for line in range(12)
+    )
+
+
+def write_dump(path: Path, num_articles: int) -> Path:
+    pages = "".join(
+        f"<page><title>{number}</title><ns>0</ns><revision><text>'''A''' {{{{box}}}} "
+        f"{article(number)}</text></revision></page>"
+        for number in range(num_articles)
+    )
+    path.write_bytes(bz2.compress(f"<mediawiki>{pages}</mediawiki>".encode()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    dump = write_dump(folder / "dump.xml.bz2", 60)
+    result = run("text", "--input", dump, "--output_dir", folder / "text", "--workers", 2)
+    assert "documents 60, sentences 720" in result.stderr
+    return folder / "text"
+
+
+@pytest.fixture(scope="module")
+def vocab(text: Path) -> Path:
+    path = text.parent / "vocab.txt"
+    run("vocab", "--input_dir", text, "--output", path, "--vocab_size", 120)
+    return path
+
+
+def shard_flags(text: Path, vocab: Path, output: Path) -> list[object]:
+    return [
+        *("--input_dir", text, "--vocab_file", vocab, "--output_dir", output),
+        *("--n_training_shards", 3, "--n_test_shards", 1, "--max_seq_length", 32),
+        *("--max_predictions_per_seq", 5, "--name", "toy"),
+    ]
+
+
+def test_from_a_dump_to_shards(text: Path, vocab: Path, tmp_path: Path) -> None:
+    result = run("shards", *shard_flags(text, vocab, tmp_path), "--workers", 2)
+    folder = Path(result.stdout.splitlines()[-1])
+    assert folder.name == "toy"
+    assert "documents 60, sentences 720" in result.stderr
+    again = run("shards", *shard_flags(text, vocab, tmp_path))
+    assert again.stdout == result.stdout
+    # A reader that knows NVIDIA's keys, types and shapes, and nothing of us.
+    with h5py.File(folder / "toy_training_0.hdf5", "r") as file:
+        rows = file["input_ids"].shape[0]
+        assert {name: (dataset.dtype.str, dataset.shape) for name, dataset in file.items()} == {
+            "input_ids": ("<i4", (rows, 32)),
+            "input_mask": ("|i1", (rows, 32)),
+            "segment_ids": ("|i1", (rows, 32)),
+            "masked_lm_positions": ("<i4", (rows, 5)),
+            "masked_lm_ids": ("<i4", (rows, 5)),
+            "next_sentence_labels": ("|i1", (rows,)),
+        }
+    shown = run("inspect", folder, "-n", 1).stdout
+    assert "[CLS]" in shown
+    assert "files 4, rows" in shown
+    assert "verify: 5 files, 0 broken" in run("verify", tmp_path).stderr
+    (folder / "toy_test_0.hdf5").write_bytes(b"gone")
+    broken = run("verify", tmp_path, code=2).stderr
+    assert "toy_test_0.hdf5: 4 bytes, the manifest says" in broken
+    assert "toy_test_0.hdf5: 4 bytes" in refused("shards", *shard_flags(text, vocab, tmp_path))
+
+
+def test_one_file_with_the_references_flags(text: Path, vocab: Path, tmp_path: Path) -> None:
+    flags = ["--vocab_file", vocab, "--max_seq_length", 64, "--max_predictions_per_seq", 10]
+    part = text / "part_00000.txt"
+    # The reference reads a list of files as one text, cut wherever it may be.
+    lines = part.read_text().splitlines(keepends=True)
+    (tmp_path / "a.txt").write_text("".join(lines[:100]))
+    (tmp_path / "b.txt").write_text("".join(lines[100:]))
+    both = f"{tmp_path / 'a.txt'},{tmp_path / 'b.txt'}"
+    for name, source in [("file", part), ("list", both), ("folder", text)]:
+        run("instances", *flags, "--input_file", source, "--output_file", tmp_path / name)
+    assert (
+        (tmp_path / "file").read_bytes()
+        == (tmp_path / "list").read_bytes()
+        == (tmp_path / "folder").read_bytes()
+    )
+    blocked = refused("instances", *flags, "--input_file", part, "--output_file", part / "x")
+    assert f"cannot write {part / 'x'}: " in blocked
+    missing = refused("instances", *flags, "--input_file", "a,b", "--output_file", tmp_path / "x")
+    assert missing == "error: a: no such file"
+
+
+@pytest.mark.parametrize("name", ["text", "vocab", "shards", "instances", "inspect", "verify"])
+def test_every_command_explains_itself(name: str) -> None:
+    shown = run(name, "--help").stdout
+    assert f"example: python -m data_prep {name}" in shown.replace("\n", " ")
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(text: Path, vocab: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "in"
+    bad.mkdir()
+    (bad / "empty.txt").write_text("")
+    (bad / "binary.txt").write_bytes(bytes(range(256)))
+    (bad / "latin1.txt").write_bytes("Olé.\n".encode("latin-1"))
+    whole = write_dump(tmp_path / "dump.xml.bz2", 5).read_bytes()
+    (bad / "cut.xml.bz2").write_bytes(whole[: len(whole) // 2])
+    out = tmp_path / "out"
+    for name, message in [
+        ("empty.txt", "empty.txt: 1 empty documents"),
+        ("binary.txt", "binary.txt is not"),
+        ("latin1.txt", "latin1.txt is not UTF-8 text: invalid continuation byte at byte 2"),
+        ("cut.xml.bz2", "cut.xml.bz2 is cut short or damaged"),
+        ("none.txt", "none.txt: no such file or folder"),
+    ]:
+        assert message in refused("text", "--input", bad / name, "--output_dir", out)
+    flags = shard_flags(text, vocab, out)
+    assert "wanted 1 to the sequence's 5, got 6" in refused(
+        "shards", *flags, "--max_seq_length", 5, "--max_predictions_per_seq", 6
+    )
+    assert "--max_seq_length: wanted at least 5" in refused("shards", *flags, "--max_seq_length", 4)
+    assert "pass at most --n_training_shards 27" in refused(
+        "shards", *flags, "--n_training_shards", 100
+    )
+    assert "no such file" in refused("shards", *flags, "--vocab_file", "none.txt").lower()
+    words = tmp_path / "words.txt"
+    words.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n")
+    assert "lack [MASK]" in refused("shards", *flags, "--vocab_file", words)
+    assert "unrecognized arguments: --worker 2" in refused("shards", *flags, "--worker", 2)
+    assert not out.exists()
+
+
+def limit_file_size() -> None:
+    """As good as a full disk: every file stops growing at 20 kB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    text: Path, vocab: Path, tmp_path: Path
+) -> None:
+    wide = ["--dupe_factor", 20]
+    flags = [*shard_flags(text, vocab, tmp_path / "shards"), *wide]
+    message = refused("shards", *flags, preexec_fn=limit_file_size)
+    assert "cannot write" in message
+    assert "toy_training_0.hdf5: File too large; free space or" in message
+    source = text / "part_00000.txt"
+    message = refused(
+        *("instances", "--vocab_file", vocab, "--input_file", source),
+        *("--output_file", tmp_path / "x.hdf5", *wide),
+        preexec_fn=limit_file_size,
+    )
+    assert "x.hdf5: File too large" in message
+    message = refused(
+        "text", "--input", source, "--output_dir", tmp_path / "text", preexec_fn=limit_file_size
+    )
+    assert "part_00000.txt: File too large" in message
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def default_signals() -> None:
+    """A background job of a shell ignores Ctrl-C; the user's terminal does not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("whole_group", [True, False], ids=["terminal", "process"])
+def test_ctrl_c_ends_every_process_and_leaves_nothing(
+    text: Path, vocab: Path, tmp_path: Path, workers: int, whole_group: bool
+) -> None:
+    flags = [*shard_flags(text, vocab, tmp_path), "--dupe_factor", 2000, "--workers", workers]
+    process = subprocess.Popen(
+        command("shards", *flags),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=default_signals,
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.rglob("vocab.txt")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    if whole_group:
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130, errors
+    assert errors.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in errors
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not group_members(process.pid)
+
+
+def group_members(group: int) -> list[str]:
+    """The living processes of a group, as /proc describes them."""
+    members = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = path.read_text().rpartition(")")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        state, _, its_group = rest.split()[:3]
+        if int(its_group) == group and state not in "ZX":
+            members.append(name)
+    return members
+
+
+def test_a_killed_parent_takes_its_workers_along(text: Path, vocab: Path, tmp_path: Path) -> None:
+    flags = [*shard_flags(text, vocab, tmp_path), "--dupe_factor", 2000, "--workers", 2]
+    process = subprocess.Popen(command("shards", *flags), cwd=ROOT, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.rglob("vocab.txt")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while group_members(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not group_members(process.pid)
+    # What the killed run left is not taken for whole, and does not stand in the way of the next.
+    assert "verify" not in refused("verify", tmp_path)
+    run("shards", *shard_flags(text, vocab, tmp_path))

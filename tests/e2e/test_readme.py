@@ -1,0 +1,98 @@
+"""What README.md and CONTRIBUTING.md tell people to type exists, flags and named files included."""
+
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPTS = {
+    "demo": "demo/__main__.py",
+    "prep": "data_prep/__main__.py",
+    "pretrain": "pretrain/run.py",
+    "report": "pretrain/report.py",
+    "finetune": "finetune/run_glue.py",
+    "sst2": "finetune/run_glue.py",
+}
+WITHOUT_FLAGS_OF_THEIR_OWN = ("test", "check", "doctor", "help")
+
+
+def commands() -> list[str]:
+    """Every line of the shell blocks."""
+    found = []
+    for name in ("README.md", "CONTRIBUTING.md"):
+        text = (REPOSITORY / name).read_text(encoding="utf-8")
+        for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
+            found += [line.strip() for line in block.splitlines() if line.strip()]
+    return found
+
+
+@cache
+def help_of(script: str, *subcommand: str) -> str:
+    command = [sys.executable, str(REPOSITORY / script), *subcommand, "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_shell_blocks_are_found() -> None:
+    assert {line.split()[2] for line in commands()} >= {*SCRIPTS, "test", "check"}
+
+
+@pytest.mark.parametrize("line", commands())
+def test_a_command_exists_with_its_flags(line: str) -> None:
+    bash, launcher, command, *rest = shlex.split(line, comments=True)
+    assert (bash, launcher) == ("bash", "launch.sh")
+    if command in WITHOUT_FLAGS_OF_THEIR_OWN:
+        assert re.search(rf"^ +{command} +\w", usage(), flags=re.MULTILINE)
+        return
+    subcommand = rest[:1] if command == "prep" else []
+    text = help_of(SCRIPTS[command], *subcommand)
+    for flag in (word for word in rest if word.startswith("-")):
+        assert re.search(rf"(?<![\w-]){flag}(?![\w-])", text), f"{flag} is not in {command} --help"
+
+
+def usage() -> str:
+    command = ["bash", str(REPOSITORY / "launch.sh"), "help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_experiments_that_are_named_exist() -> None:
+    named = {word for line in commands() for word in line.split() if word.endswith(".json")}
+    assert named
+    assert [name for name in named if not (REPOSITORY / name).is_file()] == []
+
+
+def test_the_tree_is_that_of_the_repository() -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    [tree] = re.findall(r"## The tree\n\n```\n(.*?)```", text, flags=re.DOTALL)
+    folder, missing = "", []
+    for line in tree.splitlines():
+        names = re.match(r" *((?:[\w.]+/? )+)", line)
+        assert names, line
+        for name in names[1].split():
+            if not line.startswith(" "):
+                folder = name if name.endswith("/") else ""
+            path = name if name == folder or not folder else folder + name
+            if not (REPOSITORY / path).exists():
+                missing.append(path)
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/data-format.md"]
+)
+def test_links_lead_somewhere(document: str) -> None:
+    text = (REPOSITORY / document).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    assert [
+        link for link in links if not (REPOSITORY / document).parent.joinpath(link).exists()
+    ] == []
+
+
+def test_hooks_run_what_ci_runs() -> None:
+    command = "bash launch.sh check"
+    assert f"entry: {command}\n" in (REPOSITORY / ".pre-commit-config.yaml").read_text()
+    assert f"\n{command} " in (REPOSITORY / ".ci" / "run").read_text()

@@ -1,0 +1,106 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune.output import check_output, replacing
+from zerobert.errors import ConfigError
+from zerobert.manifest import is_complete, read_manifest, verify_folder
+
+
+def finish(out: Path, files: dict[str, str], keep: tuple[str, ...] = ()) -> None:
+    """A finished run that writes these files."""
+    with replacing(out, config={"task": "T"}, inputs={"a": "b"}, keep=keep) as staging:
+        for name, text in files.items():
+            (staging / name).write_text(text)
+
+
+def interrupt_in_the_middle(out: Path) -> None:
+    with replacing(out, config={}, inputs={}, keep=()) as staging:
+        (staging / "model.safetensors").write_text("half of the n")
+        raise KeyboardInterrupt
+
+
+def names(out: Path) -> set[str]:
+    return {path.name for path in out.iterdir()}
+
+
+def test_finished_run_is_complete_and_verified(tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "out"
+    finish(out, {"model.safetensors": "1", "result.json": "{}"})
+    assert names(out) == {"model.safetensors", "result.json", "manifest.json"}
+    record = verify_folder(out)
+    assert (record.kind, record.config, record.inputs) == ("model", {"task": "T"}, {"a": "b"})
+    assert set(record.files) == {"model.safetensors", "result.json"}
+
+
+def test_older_model_stays_whole_until_the_new_one_is(tmp_path: Path) -> None:
+    finish(tmp_path, {"model.safetensors": "old", "result.json": "{}"})
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_in_the_middle(tmp_path)
+    verify_folder(tmp_path)
+    assert (tmp_path / "model.safetensors").read_text() == "old"
+    assert names(tmp_path) == {"model.safetensors", "result.json", "manifest.json"}
+
+
+def test_interrupted_first_run_leaves_no_model(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_in_the_middle(tmp_path / "out")
+    assert names(tmp_path / "out") == set()
+
+
+def test_killed_between_the_moves_is_incomplete_and_can_be_run_again(
+    tmp_path: Path, monkeypatch
+) -> None:
+    finish(tmp_path, {"config.json": "old", "model.safetensors": "old", "result.json": "{}"})
+    replace = Path.replace
+
+    def fail_at_weights(self: Path, target: Path) -> Path:
+        if self.name == "model.safetensors":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail_at_weights)
+    with pytest.raises(KeyboardInterrupt):
+        finish(tmp_path, {"config.json": "new", "model.safetensors": "new", "result.json": "{}"})
+    monkeypatch.undo()
+    assert not is_complete(tmp_path)
+    check_output(tmp_path, tmp_path / "model")
+    finish(tmp_path, {"config.json": "newer", "model.safetensors": "newer", "result.json": "{}"})
+    verify_folder(tmp_path)
+    assert names(tmp_path) == {"config.json", "model.safetensors", "result.json", "manifest.json"}
+
+
+def test_what_an_older_run_left_goes_and_what_others_put_there_stays(tmp_path: Path) -> None:
+    finish(tmp_path, {"model.safetensors": "old", "result.json": "{}", "SST-2.tsv": "old"})
+    for name in ("step_5", "step_10", "seed_1", ".incomplete-step_3", "notes", "step_last"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "my_notes.txt").write_text("mine")
+    finish(tmp_path, {"model.safetensors": "new", "result.json": "{}"}, keep=("step_10",))
+    assert names(tmp_path) == {
+        *("model.safetensors", "result.json", "manifest.json", "my_notes.txt"),
+        *("step_10", "notes", "step_last"),
+    }
+    assert "SST-2.tsv" not in read_manifest(tmp_path).files
+
+
+def test_model_to_start_from_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "step_5").mkdir()
+    for start in (tmp_path, tmp_path / "step_5"):
+        with pytest.raises(ConfigError, match="is or holds the model to start from"):
+            check_output(tmp_path / "step_5" / "..", start)
+    check_output(tmp_path, Path("bert-base-uncased"))  # a hub's name is no folder
+
+
+def test_another_model_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ConfigError, match="holds a model that fine-tuning did not write"):
+        check_output(tmp_path, tmp_path / "model")
+    with pytest.raises(ConfigError, match="is a file"):
+        check_output(tmp_path / "config.json", tmp_path / "model")
+
+
+def test_running_again_says_what_happens_to_the_older_model(tmp_path: Path, capsys) -> None:
+    finish(tmp_path, {"config.json": "{}", "result.json": "{}"})
+    check_output(tmp_path, tmp_path / "model")
+    assert "stays until the new one is complete" in capsys.readouterr().out

@@ -1,0 +1,370 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune import glue, run_glue
+from finetune.tasks import TASKS, find_task
+from zerobert import manifest
+from zerobert.checkpoint import load_weights, open_model, save_model
+from zerobert.config import BertConfig
+from zerobert.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MissingDependencyError,
+    TrainingDivergedError,
+)
+from zerobert.model import BertForPreTraining, BertForSequenceClassification
+from zerobert.tokenizer import SPECIAL_TOKENS, WordPieceTokenizer
+
+WORDS = ("good", "fine", "bad", "poor", "a", "the", "soup", "tea", "was", "is")
+CONFIG = BertConfig(
+    vocab_size=len(SPECIAL_TOKENS) + len(WORDS),
+    hidden_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=64,
+    max_position_embeddings=64,
+)
+SENTENCES = [
+    (f"the {dish} {verb} {taste}", label)
+    for dish in ("soup", "tea")
+    for verb in ("was", "is")
+    for taste, label in (("good", 1), ("fine", 1), ("bad", 0), ("poor", 0))
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
+    """Matrices this small are slower on more; and no folder of the machine is to be found."""
+    monkeypatch.delenv("GLUE_DIR", raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def pretrained(tmp_path: Path, monkeypatch) -> Path:
+    """A pretrained model where launch.sh would find it, seen from an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "tiny" / "model_7"
+    folder.parent.mkdir(parents=True)
+    torch.manual_seed(0)
+    tokenizer = WordPieceTokenizer([*SPECIAL_TOKENS, *WORDS], do_lower_case=True)
+    model = BertForPreTraining(CONFIG)
+    save_model(folder, model, CONFIG, tokenizer, card="", source={}, inputs={})
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """data/glue with SST-2, STS-B, MNLI and AX."""
+    root = tmp_path / "data" / "glue"
+    rows = "".join(f"{text}\t{label}\n" for text, label in SENTENCES)
+    write(root / "SST-2" / "train.tsv", "sentence\tlabel\n" + rows)
+    write(root / "SST-2" / "dev.tsv", "sentence\tlabel\n" + rows)
+    write(root / "SST-2" / "test.tsv", "index\tsentence\n0\tthe tea is good\n1\tbad soup\n")
+    pair = "sentence1\tsentence2\t"
+    rows = "".join(f"{text}\tthe tea\t{4 * label}\n" for text, label in SENTENCES)
+    write(root / "STS-B" / "train.tsv", f"{pair}score\n{rows}")
+    write(root / "STS-B" / "dev.tsv", f"{pair}score\n{rows}")
+    rows = "".join(
+        f"{text}\ta soup\t{('neutral', 'entailment')[label]}\n" for text, label in SENTENCES
+    )
+    for name in ("train", "dev_matched", "dev_mismatched"):
+        write(root / "MNLI" / f"{name}.tsv", f"{pair}gold_label\n{rows}")
+    write(root / "AX" / "ax.tsv", "index\tsentence1\tsentence2\n0\tthe tea\ta soup\n")
+    return root
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def run(monkeypatch, *flags: str | Path) -> dict:
+    """Run the command in this process; returns its result.json if OUT is named."""
+    monkeypatch.setattr(sys, "argv", ["run_glue.py", *map(str, flags)])
+    assert run_glue.main() == 0
+    out = flags[flags.index("--output_dir") + 1] if "--output_dir" in flags else None
+    path = Path(out or "") / "result.json"
+    return json.loads(path.read_text()) if out and path.is_file() else {}
+
+
+def test_defaults_are_the_newest_model_data_glue_and_the_tasks_row(
+    pretrained: Path, root: Path, monkeypatch, capsys
+) -> None:
+    run(monkeypatch, "--task_name", "sst2", "--do_predict")
+    out = Path("runs/finetune/SST-2")
+    manifest.verify_folder(out)
+    result = json.loads((out / "result.json").read_text())
+    assert set(result) == {
+        *("task", "metric", "value", "metrics", "majority_baseline", "eval_loss"),
+        *("num_eval_samples", "seed", "steps", "model", "wall_s"),
+    }
+    assert (result["task"], result["metric"]) == ("SST-2", "accuracy")
+    assert (result["num_eval_samples"], result["seed"], result["steps"]) == (16, 42, 3)
+    assert result["value"] == result["metrics"]["accuracy"]
+    assert result["majority_baseline"] == 0.5
+    assert result["model"]["path"] == "runs/tiny/model_7"
+    assert result["model"]["sha256"] == manifest.sha256_file(pretrained / "model.safetensors")
+    predictions = (out / "SST-2.tsv").read_text().splitlines()
+    assert [line.split("\t")[0] for line in predictions] == ["index", "0", "1"]
+    record = manifest.read_manifest(out)
+    assert record.config["settings"]["learning_rate"] == 2e-5
+    train = root / "SST-2" / "train.tsv"
+    assert record.inputs["data/glue/SST-2/train.tsv"] == manifest.sha256_file(train)
+    assert "92.88" in capsys.readouterr().out  # the published figure stands beside ours
+
+
+def test_it_learns_and_the_same_seed_gives_the_same_result(
+    pretrained: Path, root: Path, monkeypatch
+) -> None:
+    flags = ("--task_name", "sst-2", "--num_train_epochs", "40", "--learning_rate", "3e-3")
+    first = run(monkeypatch, *flags, "--output_dir", "a")
+    again = run(monkeypatch, *flags, "--output_dir", "b")
+    other = run(monkeypatch, *flags, "--output_dir", "c", "--random_init", "--seed", "1")
+    assert first["value"] == 1.0
+    assert {**first, "wall_s": 0} == {**again, "wall_s": 0}
+    weights = [Path(out, "model.safetensors").read_bytes() for out in "abc"]
+    assert weights[0] == weights[1] != weights[2]
+    assert (first["model"]["random_init"], other["model"]["random_init"]) == (False, True)
+
+
+def test_random_init_leaves_the_pretrained_weights_alone(
+    pretrained: Path, root: Path, monkeypatch
+) -> None:
+    flags = ("--task_name", "sst2", "--max_steps", "1", "--learning_rate", "1e-12")
+    run(monkeypatch, *flags, "--output_dir", "warm")
+    run(monkeypatch, *flags, "--output_dir", "cold", "--random_init")
+    source = BertForPreTraining(CONFIG)
+    load_weights(source, open_model(str(pretrained)))
+    expected = source.bert.embeddings.word_embeddings.weight
+    for out, same in (("warm", True), ("cold", False)):
+        model = BertForSequenceClassification(CONFIG, 2)
+        assert load_weights(model, open_model(out)) == []
+        found = model.bert.embeddings.word_embeddings.weight
+        assert torch.allclose(found, expected, atol=1e-6) == same
+
+
+def test_saves_on_the_way_are_complete_models(pretrained: Path, root: Path, monkeypatch) -> None:
+    run(
+        monkeypatch,
+        *("--task_name", "SST-2", "--batch_size", "8", "--num_train_epochs", "2"),
+        *("--save_steps", "2", "--output_dir", "out"),
+    )
+    for step in (2, 4):
+        assert manifest.verify_folder(Path(f"out/step_{step}")).config["step"] == step
+        assert open_model(f"out/step_{step}").labels == ("negative", "positive")
+    run(monkeypatch, "--task_name", "SST-2", "--max_steps", "1", "--output_dir", "out")
+    assert not list(Path("out").glob("step_*"))
+    manifest.verify_folder(Path("out"))
+
+
+def test_several_seeds_keep_the_best_and_tell_the_median(
+    pretrained: Path, root: Path, monkeypatch
+) -> None:
+    flags = ("--task_name", "sst2", "--learning_rate", "1e-3", "--output_dir", "out")
+    result = run(monkeypatch, *flags, "--seeds", "5,6,7")
+    each = [json.loads(Path(f"out/seed_{s}/result.json").read_text()) for s in (5, 6, 7)]
+    values = sorted(one["value"] for one in each)
+    assert result["median"] == values[1]
+    assert result["value"] == result["best"] == values[2]
+    assert [one["seed"] for one in result["all"]] == [5, 6, 7]
+    best = Path(f"out/seed_{result['seed']}")
+    manifest.verify_folder(Path("out"))
+    manifest.verify_folder(best)
+    assert Path("out/model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
+
+
+def test_regression_writes_a_model_with_one_output(
+    pretrained: Path, root: Path, monkeypatch
+) -> None:
+    result = run(monkeypatch, "--task_name", "stsb", "--output_dir", "out")
+    assert set(result["metrics"]) == {"pearson", "spearman"}
+    assert result["majority_baseline"] == 0.0
+    assert open_model("out").is_regression
+
+
+def test_glue_runs_what_there_is_data_for_and_ax_on_mnlis_model(
+    pretrained: Path, root: Path, monkeypatch, capsys
+) -> None:
+    run(monkeypatch, "--task_name", "glue", "--max_steps", "1")
+    out = Path("runs/finetune")
+    table = json.loads((out / "glue.json").read_text())
+    assert list(table["tasks"]) == ["SST-2", "STS-B", "MNLI", "AX"]
+    assert table["num_scored_tasks"] == 3
+    values = [table["tasks"][name]["value"] for name in ("SST-2", "STS-B", "MNLI")]
+    assert table["average"] == pytest.approx(sum(values) / 3)
+    assert table["tasks"]["AX"]["model"]["path"] == "runs/finetune/MNLI"
+    assert table["tasks"]["AX"]["value"] is None
+    assert set(table["tasks"]["MNLI"]["metrics"]) == {"accuracy", "accuracy_mismatched"}
+    assert (out / "AX" / "AX.tsv").read_text().startswith("index\tprediction\n0\t")
+    assert run_glue.newest_model(Path("runs")) == Path("runs/tiny/model_7")
+    printed = capsys.readouterr().out
+    assert "84.42/84.83" in printed
+    assert "predictions only" in printed
+
+
+def test_ax_needs_a_model_that_was_fine_tuned_on_mnli(
+    pretrained: Path, root: Path, monkeypatch
+) -> None:
+    with pytest.raises(ConfigError, match="run --task_name MNLI first"):
+        run(monkeypatch, "--task_name", "ax")
+    with pytest.raises(ConfigError, match="a model fine-tuned on MNLI answers it"):
+        run(monkeypatch, "--task_name", "ax", "--model_name_or_path", pretrained)
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "csv", "jsonl"])
+def test_own_data_in_each_format(pretrained: Path, monkeypatch, suffix: str) -> None:
+    separator = {"tsv": "\t", "csv": ","}.get(suffix)
+    rows = [(text, ("no", "yes")[label]) for text, label in SENTENCES]
+    if separator:
+        text = "".join(separator.join(row) + "\n" for row in [("review", "verdict"), *rows])
+    else:
+        text = "".join(json.dumps({"review": a, "verdict": b}) + "\n" for a, b in rows)
+    write(Path(f"own.{suffix}"), text)
+    result = run(
+        monkeypatch,
+        *("--task_name", "custom", "--train_file", f"own.{suffix}", "--dev_file", f"own.{suffix}"),
+        *("--test_file", f"own.{suffix}", "--do_predict", "--text_columns", "review"),
+        *("--label_column", "verdict", "--output_dir", "out"),
+    )
+    assert (result["task"], result["num_eval_samples"]) == ("custom", 16)
+    assert open_model("out").labels == ("no", "yes")
+    predictions = Path("out/custom.tsv").read_text().splitlines()
+    assert len(predictions) == 17
+    assert set(predictions[1].split("\t")[1:]) < {"no", "yes"}
+
+
+def test_own_regression(pretrained: Path, monkeypatch) -> None:
+    write(Path("own.csv"), "a,b,score\n" + "".join(f"{t},tea,{i}\n" for t, i in SENTENCES))
+    result = run(
+        monkeypatch,
+        *("--task_name", "custom", "--train_file", "own.csv", "--dev_file", "own.csv"),
+        *("--text_columns", "a,b", "--label_column", "score", "--regression"),
+        *("--output_dir", "out", "--learning_rate", "3e-3", "--num_train_epochs", "80"),
+    )
+    assert result["metric"] == "pearson"
+    assert result["value"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "message"),
+    [
+        (["--task_name", "sst3"], ConfigError, "unknown task .*mean SST-2"),
+        (["--task_name", "rte"], MissingDependencyError, "no data for RTE: put the official files"),
+        (
+            ["--task_name", "rte", "--data_dir", "data"],
+            DataError,
+            "--data_dir data: found no train",
+        ),
+        (["--task_name", "sst2", "--n_gpu", "2"], ConfigError, "--n_gpu 2: .* one process"),
+        (["--task_name", "sst2", "--deepspeed_config", "x.json"], ConfigError, "without DeepSpeed"),
+        (["--task_name", "sst2", "--seeds", "1,x"], ConfigError, "--seeds: wanted different"),
+        (["--task_name", "sst2", "--seeds", "1,1"], ConfigError, "--seeds: wanted different"),
+        (["--task_name", "sst2", "--max_steps", "0"], ConfigError, "--max_steps: wanted 1 or more"),
+        (["--task_name", "sst2", "--max_seq_length", "65"], ConfigError, "made for at most 64"),
+        (["--task_name", "sst2", "--model_type", "gpt"], ConfigError, "invalid choice: 'gpt'"),
+        (["--task_name", "sst2", "--epochs", "3"], ConfigError, "unrecognized arguments: --epochs"),
+        ([], ConfigError, "required: --task_name; see python finetune/run_glue.py --help"),
+        (["--task_name", "custom"], ConfigError, "also give --train_file, --dev_file, --text_col"),
+        (
+            ["--task_name", "sst2", "--output_dir", "runs/tiny/model_7"],
+            ConfigError,
+            "is or holds the model to start from",
+        ),
+    ],
+)
+def test_bad_flags(
+    pretrained: Path, root: Path, monkeypatch, flags: list[str], error: type, message: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(error, match=message):
+        run(monkeypatch, *flags)
+    assert not Path("runs/finetune").exists()
+
+
+def test_no_model_says_how_to_make_one(tmp_path: Path, root: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"launch\.sh pretrain"):
+        run(monkeypatch, "--task_name", "sst2")
+
+
+def test_model_folder_of_another_vocabulary(pretrained: Path, root: Path, monkeypatch) -> None:
+    (pretrained / "manifest.json").unlink()
+    with open(pretrained / "vocab.txt", "a", encoding="utf-8") as file:
+        file.write("word\n")
+    with pytest.raises(CheckpointError, match="16 words, but the model was made for 15"):
+        run(monkeypatch, "--task_name", "sst2", "--model_name_or_path", pretrained)
+
+
+def test_glue_without_data_says_what_to_do(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"no GLUE task in data/glue: put the official folders"):
+        glue.available_tasks(None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert glue.available_tasks(None) == list(TASKS)
+
+
+def test_ax_alone_is_not_available(root: Path) -> None:
+    for name in ("MNLI", "STS-B"):
+        for path in (root / name).iterdir():
+            path.unlink()
+    assert glue.available_tasks(root) == [find_task("sst2")]
+
+
+def test_results_stand_beside_published_ones() -> None:
+    result = {
+        "task": "MRPC",
+        "metrics": {"accuracy": 0.8, "f1": 0.9},
+        "value": 0.8,
+        "majority_baseline": 0.6838,
+        "steps": 575,
+        "seed": 1,
+    }
+    several = {**result, "median_metrics": {"accuracy": 0.7, "f1": 0.75}, "all": [{}] * 5}
+    lines = glue.format_results([result, several], title="T").splitlines()
+    assert lines[-2].split() == [
+        "MRPC",
+        "accuracy/f1",
+        "80.00/90.00",
+        "68.38",
+        "88.24/91.67",
+        "1",
+        "575",
+    ]
+    assert lines[-1].split() == [
+        "MRPC",
+        "accuracy/f1",
+        "70.00/75.00",
+        "68.38",
+        "88.24/91.67",
+        "5",
+        "575",
+    ]
+
+
+def test_cpu_is_said_where_a_gpu_was_asked_for(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run_glue.choose_device(1) == torch.device("cpu")
+    assert "no CUDA device; running on the CPU" in capsys.readouterr().out
+    assert run_glue.choose_device(None) == run_glue.choose_device(0) == torch.device("cpu")
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert run_glue.choose_device(1) == run_glue.choose_device(None) == torch.device("cuda")
+
+
+def test_a_run_that_diverged_saves_nothing(pretrained: Path, root: Path, monkeypatch) -> None:
+    with pytest.raises(TrainingDivergedError, match="lower --learning_rate"):
+        run(
+            monkeypatch,
+            *("--task_name", "stsb", "--learning_rate", "1e30", "--num_train_epochs", "9"),
+            *("--save_steps", "2", "--logging_steps", "100", "--output_dir", "out"),
+        )
+    assert not list(Path().glob("out/*"))

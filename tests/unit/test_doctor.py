@@ -1,0 +1,33 @@
+"""What the doctor says about packages; the machine itself is what it is."""
+
+import importlib.metadata
+from pathlib import PurePosixPath
+
+import pytest
+
+from zerobert import doctor
+
+
+def test_nothing_to_say_about_optional_packages_that_are_there() -> None:
+    lines = doctor.advice(lambda name: None if name == "apex" else "1.0")
+    assert not [line for line in lines if "is not installed" in line or "apex" in line]
+
+
+def test_what_is_missing_comes_with_its_command() -> None:
+    lines = doctor.advice(lambda name: None)
+    assert [line for line in lines if line.endswith("pip install datasets")]
+
+
+def test_an_apex_that_is_not_nvidias_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign = [PurePosixPath("apex/__init__.py"), PurePosixPath("apex/models.py")]
+    monkeypatch.setattr(importlib.metadata, "files", lambda name: foreign)
+    assert any("pip uninstall apex" in line for line in doctor.advice(lambda name: "0.9"))
+    nvidia = [PurePosixPath(f"apex/{name}/__init__.py") for name in ("optimizers", "normalization")]
+    monkeypatch.setattr(importlib.metadata, "files", lambda name: nvidia)
+    assert not any("apex" in line for line in doctor.advice(lambda name: "0.1"))
+
+
+def test_the_machine_names_its_packages() -> None:
+    rows = dict(doctor.machine())
+    assert rows["torch"] == importlib.metadata.version("torch")
+    assert "CPU cores" in rows
