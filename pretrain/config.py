@@ -72,7 +72,7 @@ class RunConfig:
                 raise ConfigError(f"{name}: wanted at least 0, got {getattr(self, name)}")
         for name in ("max_steps", "num_train_epochs"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name}: wanted above 0, got {value}")
 
 
@@ -248,7 +248,7 @@ def batch_sizes(ds: Mapping[str, Any], world_size: int) -> BatchSizes:
         raise ConfigError("give train_batch_size and train_micro_batch_size_per_gpu")
     if micro is None:
         assert total is not None
-        micro = total // (world_size * (accumulation or 1))
+        micro = max(1, total // (world_size * (accumulation or 1)))
     if accumulation is None:
         accumulation = total // (micro * world_size) if total is not None else 1
     if total is None:

@@ -92,7 +92,6 @@ def prepare(args: argparse.Namespace) -> Experiment:
         ZerobertError: what the user can mend, each with a line that says how.
     """
     config = pretrain_config.resolve(args)
-    engine.check_device(config.deepspeed)
     sizes = pretrain_config.batch_sizes(config.deepspeed, distributed.world_size())
     folders = [Path(folder) for folder in config.bert.data.input_dir]
     training = _training_shards(folders, args)
@@ -101,6 +100,7 @@ def prepare(args: argparse.Namespace) -> Experiment:
     if eval_dir and not held_out:
         raise ConfigError(f"--eval_dir {eval_dir}: no HDF5 file with 'test' in its name there")
     _check_same_shape(training, held_out)
+    engine.check_device(config.deepspeed)
     tokenizer, inputs = _vocabulary(config, folders)
     model = config.model(len(tokenizer.vocab))
     if model.max_position_embeddings < training[0].seq_length:
@@ -199,6 +199,9 @@ def train(run: Experiment, args: argparse.Namespace, stop: StopRequest) -> int:
     with distributed.one_voice():
         resume_from = _output_folder(run, args)
     resume_from = distributed.broadcast_object(resume_from)
+    if resume_from is not None and run_state.saved_step(resume_from) >= run.steps:
+        _finish(run, 0, run.steps)
+        return 0
     torch.manual_seed(run.config.bert.run.seed)
     model = BertForPreTraining(run.folder.model, run.config.bert.kernels)
     with distributed.one_voice():
@@ -211,10 +214,6 @@ def train(run: Experiment, args: argparse.Namespace, stop: StopRequest) -> int:
         with distributed.one_voice():
             state = run_state.restore(training, resume_from, run.folder)
         _say(f"resumed from {resume_from} at step {state.step} of {run.steps}")
-    if state.step >= run.steps:
-        _say(f"complete: {run.folder.path / f'model_{state.step}'} is the model of the last step")
-        training.close()
-        return 0
     with _tracker(run, state) as tracker:
         code = _loop(run, training, state, tracker, stop, args)
     training.close()
@@ -315,11 +314,19 @@ def _loop(
             stop,
             profiler,
         )
-    if distributed.is_main():
-        page = report.write_report([run.folder.path], run.folder.path / "report.html")
-        write_status(run.folder.path, "preempted" if code else "done", code, step=state.step)
-        _say(f"model: {run.folder.path / f'model_{state.step}'}  curves: {page}")
+    _finish(run, code, state.step)
     return code
+
+
+def _finish(run: Experiment, code: int, step: int) -> None:
+    """Rank 0's last words."""
+    if not distributed.is_main():
+        return
+    path = run.folder.path
+    page = report.write_report([path], path / "report.html")
+    write_status(path, "preempted" if code else "done", code, step=step)
+    how = f"stopped at step {step} of {run.steps}; the same command goes on" if code else "complete"
+    _say(f"{how}: {path / f'model_{step}'}  curves: {page}")
 
 
 def _held_out(run: Experiment, everything: bool) -> Iterator[dict[str, Tensor]]:

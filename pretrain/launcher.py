@@ -40,7 +40,8 @@ def launch(argv: Sequence[str], num_ranks: int) -> int:
         cores = os.cpu_count() or 1
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_ranks)))
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks)]
-        command += ["--master_port", str(_free_port()), str(_SCRIPT), *argv]
+        command += ["--log_level", "warning", "--master_port", str(_free_port())]
+        command += [str(_SCRIPT), *argv]
         received: list[signal.Signals] = []
 
         def receive(number: int, frame: FrameType | None) -> None:

@@ -92,9 +92,7 @@ def main() -> int:
 
 
 def _train(args: argparse.Namespace, stop: StopRequest) -> int:
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    logging.getLogger("deepspeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
+    _quiet()
     # These take seconds to import: a wrong flag is told before.
     from pretrain import experiment
     from zerobert import distributed
@@ -117,6 +115,19 @@ def _train(args: argparse.Namespace, stop: StopRequest) -> int:
             write_status(output_dir, "failed", exit_code(error), error=text)
         raise
     return code
+
+
+def _quiet() -> None:
+    """Keep DeepSpeed's chatter and what is not true here out of a run's output."""
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    # Our LAMB under ZeRO is tested, which DeepSpeed can't know.
+    logger.addFilter(lambda record: "untested ZeRO Optimizer" not in record.getMessage())
+    warnings.filterwarnings("ignore", category=FutureWarning)  # one a collective, on new torch
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found nothing better
 
 
 def _print_plan(run: "Experiment") -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from pretrain.config import check_same_run
 from zerobert import checkpoint, distributed, manifest
 from zerobert.config import BertConfig
-from zerobert.engine import Engine
+from zerobert.engine import Engine, precision
 from zerobert.errors import CheckpointError, ConfigError, ManifestError, ZerobertError
 from zerobert.tokenizer import WordPieceTokenizer
 
@@ -97,7 +97,7 @@ def _save_model(
         "sequences": state.samples,
         "tokens": state.tokens,
         "training": "masked LM + next sentence prediction",
-        "precision": run.identity.get("precision", "fp32"),
+        "precision": precision(run.resolved),
     }
     checkpoint.save_model(
         run.path / f"model_{state.step}",
@@ -143,18 +143,25 @@ def find_state(path: Path, resume: str) -> Path | None:
     problems = []
     for folder in candidates:
         try:
-            manifest.verify_folder(folder)
+            kind = manifest.verify_folder(folder).kind
+            if kind != "state":
+                raise ManifestError(f"{folder} is a {kind} folder, wanted state_<step>")
         except ManifestError as error:
-            print(f"warning: {folder} is damaged and not used: {error}", flush=True)
+            print(f"warning: {folder} is not used: {error}", flush=True)
             problems.append(str(error))
         else:
             return folder
     if problems:
         raise CheckpointError(
             f"no usable training state: {problems[0]}; "
-            "start over with --resume never, or choose another --output_dir"
+            "name another with --resume, or start over with --resume never"
         )
     return None
+
+
+def saved_step(folder: Path) -> int:
+    """The optimizer step that a state was saved at."""
+    return int(manifest.read_manifest(folder).config["step"])
 
 
 def restore(engine: Engine, folder: Path, run: RunFolder) -> TrainState:

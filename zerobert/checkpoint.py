@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pickle import PickleError
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from zerobert import __version__, manifest
-from zerobert.config import BertConfig
+from zerobert.config import BertConfig, from_dict
 from zerobert.errors import CheckpointError, ConfigError
 from zerobert.tokenizer import WordPieceTokenizer
 
@@ -56,9 +57,10 @@ def open_model(name_or_path: str) -> ModelFolder:
         )
     names = {field.name for field in dataclasses.fields(BertConfig)}
     try:
-        config = BertConfig(**{key: value for key, value in raw.items() if key in names})
+        known = {key: value for key, value in raw.items() if key in names}
+        config = from_dict(BertConfig, known, f"{path}/config.json")
     except ConfigError as error:
-        raise CheckpointError(f"{path}/config.json: {error}") from error
+        raise CheckpointError(str(error)) from error
     labels = raw.get("id2label", {})
     lower_case = True
     if (path / "tokenizer_config.json").is_file():
@@ -154,7 +156,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
                 path / "pytorch_model.bin", map_location="cpu", weights_only=True
             )
             return weights
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+    except (OSError, EOFError, PickleError, SafetensorError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: the weights can't be read: {error}") from error
     raise CheckpointError(f"{path} has no {WEIGHTS_NAME}: not a complete model folder")
 
@@ -247,7 +249,7 @@ def write_model_files(
             save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(str(error)) from error
-        tokenizer.save(folder)
+        tokenizer.save(folder, model_max_length=config.max_position_embeddings)
     manifest.write_json(folder / "config.json", raw)
     manifest.write_text(folder / "README.md", card)
 

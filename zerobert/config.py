@@ -157,17 +157,6 @@ class BertConfig:
     pad_token_id: int = 0
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"hidden_size {self.hidden_size} can't be divided among "
-                f"{self.num_attention_heads} attention heads; choose a multiple"
-            )
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
-            probability = getattr(self, name)
-            if probability is not None and not 0 <= probability < 1:
-                raise ConfigError(
-                    f"{name}: wanted a probability from 0 to below 1, got {probability}"
-                )
         for name in (
             "vocab_size",
             "hidden_size",
@@ -179,6 +168,17 @@ class BertConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} can't be divided among "
+                f"{self.num_attention_heads} attention heads; choose a multiple"
+            )
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            probability = getattr(self, name)
+            if probability is not None and not 0 <= probability < 1:
+                raise ConfigError(
+                    f"{name}: wanted a probability from 0 to below 1, got {probability}"
+                )
 
     @classmethod
     def from_size(cls, mapping: Mapping[str, Any], where: str) -> "BertConfig":

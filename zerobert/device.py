@@ -1,8 +1,11 @@
 """What is known of the devices that training runs on."""
 
+import re
+
 import torch
 
-# Dense 16-bit matrix peak in FLOP/s, from the makers' data sheets; the first name found wins.
+# Dense 16-bit matrix peak in FLOP/s, from the makers' data sheets; the first name that is a
+# whole word of the device's wins: an A10G is no A10, an RTX A1000 no A100.
 _PEAK_FLOPS = (
     ("B200", 2250e12),
     ("H200", 989e12),
@@ -21,4 +24,4 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAK_FLOPS if part in name), None)
+    return next((peak for part, peak in _PEAK_FLOPS if re.search(rf"\b{part}\b", name)), None)

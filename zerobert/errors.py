@@ -14,6 +14,7 @@ A message says where, what was wanted, what was got, and what to do.
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -61,8 +62,8 @@ def exit_code(error: BaseException) -> int:
         return EXIT_USER
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED
-    if isinstance(error, SystemExit) and isinstance(error.code, int):
-        return error.code
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+        return error.code or 0
     return 1
 
 
@@ -85,19 +86,34 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     every other exception is a bug and keeps its traceback.
     """
     try:
-        code = main()
+        code = _outcome(main)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        code = 0
+    sys.exit(code)
+
+
+def _outcome(main: Callable[[], int]) -> int:
+    try:
+        return main()
     except ZerobertError as error:
         print_error(error)
-        code = exit_code(error)
+        return exit_code(error)
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
-        code = exit_code(error)
-    except BrokenPipeError:  # the reader of our output (head, less) went away
+        return exit_code(error)
+
+
+def _reader_is_gone() -> bool:
+    """Whether what reads our output (head, less) went away; what it did not want is dropped."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    is_gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if is_gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    sys.stdout.flush()
-    sys.stderr.flush()
-    sys.exit(code)
+    return is_gone
 
 
 def print_error(error: ZerobertError) -> None:

@@ -34,7 +34,7 @@ class FileRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a folder holds (`files`), and from what (`inputs`: name -> sha256) and how it was made."""
+    """What a folder holds, from what (`inputs`: name -> sha256) and how it was made."""
 
     kind: str
     config: dict[str, Any]
@@ -207,6 +207,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
+        if not folder.is_dir():
+            raise ManifestError(f"there is no folder {folder}") from error
         raise ManifestError(
             f"{folder} has no {MANIFEST_NAME}: it was never completed; make it again"
         ) from error

@@ -1,0 +1,357 @@
+"""Pretraining as its users start it: each test runs the command in processes of its own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from zerobert.shards import write_shard
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RUN = REPOSITORY / "pretrain" / "run.py"
+SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+VOCAB = [*SPECIALS, *(f"word{i}" for i in range(60))]
+TIMEOUT_S = 150
+
+EXPERIMENT: dict[str, Any] = {
+    "train_batch_size": 8,
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_clipping": 1.0,
+    "zero_optimization": {"stage": 1},
+    "optimizer": {"type": "Lamb", "params": {"lr": 0.01}},
+    "bert": {
+        "model": {"size": "tiny", "hidden_size": 32, "num_hidden_layers": 1},
+        "schedule": {"name": "linear", "warmup_steps": 2},
+        "run": {"max_steps": 12, "logging_steps": 1, "save_steps": 4, "eval_steps": 6},
+    },
+}
+
+
+def _rows(num_rows: int, seed: int) -> dict[str, np.ndarray]:
+    """Rows that can be learnt: a masked word is always its neighbour's successor."""
+    generator = np.random.default_rng(seed)
+    length = generator.integers(8, 17, num_rows)
+    index = np.arange(16)
+    first = generator.integers(0, 60, num_rows)
+    ids = 5 + (first[:, None] + index) % 60
+    ids[:, 0], ids[:, 4] = 2, 3
+    ids[np.arange(num_rows), length - 1] = 3
+    real = index < length[:, None]
+    positions = np.tile([2, 5, 0], (num_rows, 1))
+    answers = np.where(positions > 0, np.take_along_axis(ids, positions, axis=1), 0)
+    np.put_along_axis(ids, positions[:, :2], 4, axis=1)
+    return {
+        "input_ids": np.where(real, ids, 0).astype("i4"),
+        "input_mask": real.astype("i1"),
+        "segment_ids": (real & (index > 4)).astype("i1"),
+        "masked_lm_positions": positions.astype("i4"),
+        "masked_lm_ids": answers.astype("i4"),
+        "next_sentence_labels": generator.integers(0, 2, num_rows).astype("i1"),
+    }
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of uneven sizes, held-out rows, a vocabulary and an experiment."""
+    folder = tmp_path_factory.mktemp("data")
+    for index, num_rows in enumerate([13, 40, 5]):
+        write_shard(folder / f"toy_training_{index}.hdf5", _rows(num_rows, index))
+    write_shard(folder / "toy_test_0.hdf5", _rows(11, 99))
+    (folder / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
+    (folder / "toy.json").write_text(json.dumps(EXPERIMENT))
+    return folder
+
+
+def _environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1", **extra}
+
+
+def _command(data: Path, output: Path, *flags: str, ranks: int = 0) -> list[str]:
+    """Plain `python`, or DeepSpeed's launcher where ranks are given."""
+    launcher = [sys.executable, str(RUN)]
+    if ranks:
+        runner = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+        launcher = [sys.executable, *runner, "--master_port", str(20000 + os.getpid() % 20000)]
+        launcher.append(str(RUN))
+    config = ["--deepspeed_config", str(data / "toy.json"), "--input_dir", str(data)]
+    return [*launcher, *config, "--output_dir", str(output), *flags]
+
+
+def _run(command: list[str], **extra: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        command, env=_environment(**extra), capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+
+
+def _metrics(output: Path) -> list[dict[str, Any]]:
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _losses(output: Path) -> dict[int, float]:
+    return {line["step"]: line["train/loss"] for line in _metrics(output) if "train/loss" in line}
+
+
+def _weights(output: Path, step: int = 12) -> dict[str, torch.Tensor]:
+    return load_file(output / f"model_{step}" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of one process."""
+    output = tmp_path_factory.mktemp("unbroken")
+    done = _run(_command(data, output))
+    assert done.returncode == 0, done.stderr
+    (output / "stdout.txt").write_text(done.stdout)
+    return output
+
+
+def test_a_run_leaves_what_the_interface_promises(unbroken: Path) -> None:
+    names = {path.name for path in unbroken.iterdir()}
+    # Two states are kept, all models.
+    assert names >= {"model_4", "model_8", "model_12", "state_8", "state_12", "latest"}
+    assert names >= {"config.json", "report.html", "metrics.jsonl", "status.json"}
+    assert "state_4" not in names
+    assert not [name for name in names if name.startswith(".")]
+    assert (unbroken / "latest").read_text() == "state_12\n"
+    status = json.loads((unbroken / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("done", 0)
+    log = (unbroken / "stdout.txt").read_text()
+    assert re.search(
+        r"^global step: 12, epoch: 1, batch: \d+, loss: \d+\.\d{6}, "
+        r"avg_reader_cost: \d\.\d{5} sec, avg_batch_cost: \d+\.\d{5} sec, "
+        r"avg_samples: 8\.00000, ips: \d+\.\d{5} sequences/sec$",
+        log,
+        re.M,
+    )
+
+
+def test_metrics_have_every_key(unbroken: Path) -> None:
+    train, *_ = [line for line in _metrics(unbroken) if line["step"] == 12]
+    assert set(train) == {
+        "step",
+        "samples",
+        "tokens",
+        "epoch",
+        "elapsed_s",
+        "train/loss",
+        "train/mlm_loss",
+        "train/nsp_loss",
+        "train/lr",
+        "train/grad_norm",
+        "train/loss_scale",
+        "train/skipped_steps",
+        "perf/samples_per_s",
+        "perf/tokens_per_s",
+        "perf/mfu",
+        "perf/data_wait_frac",
+    }
+    assert train["samples"] == 96
+    assert train["perf/mfu"] is None
+    assert train["train/loss"] == pytest.approx(train["train/mlm_loss"] + train["train/nsp_loss"])
+    last = [line for line in _metrics(unbroken) if "eval/mlm_loss" in line][-1]
+    assert last["step"] == 12
+    assert last["eval/rows"] == 11
+    assert {"eval/mlm_accuracy", "eval/nsp_accuracy"} <= set(last)
+
+
+def test_the_resolved_config_runs_again(data: Path, unbroken: Path, tmp_path: Path) -> None:
+    flags = ["--deepspeed_config", str(unbroken / "config.json"), "--max_steps", "2"]
+    again = _run(_command(data, tmp_path / "again", *flags))
+    assert again.returncode == 0, again.stderr
+    assert _losses(tmp_path / "again")[1] == _losses(unbroken)[1]
+
+
+def test_running_a_finished_command_again_changes_nothing(data: Path, unbroken: Path) -> None:
+    before = _metrics(unbroken)
+    again = _run(_command(data, unbroken))
+    assert again.returncode == 0, again.stderr
+    assert "complete" in again.stdout
+    assert _metrics(unbroken) == before
+    assert json.loads((unbroken / "status.json").read_text())["state"] == "done"
+
+
+def test_two_processes_train_as_one(data: Path, unbroken: Path, tmp_path: Path) -> None:
+    """With dropout: the same losses and weights as one process with twice the accumulation."""
+    two = _run(_command(data, tmp_path, ranks=2))
+    assert two.returncode == 0, two.stderr
+    for step, loss in _losses(unbroken).items():
+        assert _losses(tmp_path)[step] == pytest.approx(loss, abs=2e-6)
+    one, both = _weights(unbroken), _weights(tmp_path)
+    for name, weight in one.items():
+        torch.testing.assert_close(both[name], weight, atol=1e-5, rtol=0, msg=name)
+    evaluations = [
+        [line for line in _metrics(output) if "eval/mlm_loss" in line][-1]
+        for output in (unbroken, tmp_path)
+    ]
+    assert evaluations[0]["eval/rows"] == evaluations[1]["eval/rows"]
+    assert evaluations[0]["eval/mlm_loss"] == pytest.approx(
+        evaluations[1]["eval/mlm_loss"], abs=1e-5
+    )
+
+
+def _wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.05)
+
+
+def test_killed_and_run_again_equals_unbroken(data: Path, unbroken: Path, tmp_path: Path) -> None:
+    """Bit for bit: weights, losses, and no step logged twice."""
+    process = subprocess.Popen(
+        _command(data, tmp_path),
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _wait_for(tmp_path / "state_4", process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "model_12").exists()
+    again = _run(_command(data, tmp_path))
+    assert again.returncode == 0, again.stderr
+    assert "resumed from" in again.stdout
+    assert _losses(tmp_path) == _losses(unbroken)
+    assert len(_metrics(tmp_path)) == len(_metrics(unbroken))
+    for name, weight in _weights(unbroken).items():
+        assert torch.equal(weight, _weights(tmp_path)[name]), name
+
+
+def test_resuming_under_other_settings_is_refused(data: Path, unbroken: Path) -> None:
+    done = _run(_command(data, unbroken, "--learning_rate", "0.5"))
+    assert done.returncode == 2
+    assert "optimizer.params.lr was 0.01, is 0.5" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def _processes_with(text: str) -> list[str]:
+    listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
+    return [line for line in listing.splitlines() if text in line and "ps -eo" not in line]
+
+
+@pytest.fixture
+def long_run(data: Path, tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
+    """`bash launch.sh pretrain` on two ranks, with a first state saved."""
+    output = tmp_path / "long"
+    flags = [f"--deepspeed_config={data / 'toy.json'}", "--input_dir", str(data)]
+    flags += ["--output_dir", str(output), "--max_steps", "100000", "--logging_steps", "1000"]
+    process = subprocess.Popen(
+        ["bash", str(REPOSITORY / "launch.sh"), "pretrain", "--n_gpu", "2", *flags],
+        env=_environment(ZEROBERT_PYTHON=sys.executable),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _wait_for(output / "state_4", process)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves_nothing_behind(
+    long_run: "subprocess.Popen[str]", tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    long_run.send_signal(number)
+    _, stderr = long_run.communicate(timeout=TIMEOUT_S)
+    assert long_run.returncode == code, stderr
+    output = tmp_path / "long"
+    assert _processes_with(str(output)) == []
+    status = json.loads((output / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("preempted", code)
+    latest = (output / "latest").read_text().strip()
+    assert latest == f"state_{status['step']}"
+    assert (output / latest / "manifest.json").exists()
+    assert not [path.name for path in output.iterdir() if path.name.startswith(".")]
+
+
+BREAKS: dict[str, tuple[list[str], str]] = {
+    "no shards": (["--input_dir", "{empty}"], "no training shards.*launch.sh prep shards"),
+    "no such JSON": (["--deepspeed_config", "nowhere.json"], "nowhere.json: no such file"),
+    "a misspelt key": (["--deepspeed_config", "{misspelt}"], "'grad_cliping'.*gradient_clipping"),
+    "another vocabulary": (["--vocab_file", "{other}"], "is not the vocabulary of the shards"),
+    "another model": (["--init_from", "{model}"], "model_type 'bert', got 'gpt2'"),
+    "a wrong flag": (["--max_step", "x"], "--help"),
+    "other predictions": (["--max_predictions_per_seq", "20"], "were made with 3"),
+    "fp16 at stage 0": (["--precision", "fp16", "--deepspeed_config", "{stage0}"], "stage 0"),
+    "batches that don't divide": (["--batch_size", "0"], "whole numbers above 0"),
+}
+
+
+@pytest.mark.parametrize("case", BREAKS)
+def test_bad_input_is_one_line(data: Path, tmp_path: Path, case: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "misspelt").write_text(json.dumps({**EXPERIMENT, "grad_cliping": 1.0}))
+    stage0 = {key: value for key, value in EXPERIMENT.items() if key != "zero_optimization"}
+    (tmp_path / "stage0").write_text(json.dumps(stage0))
+    (tmp_path / "other").write_text("\n".join([*VOCAB, "more"]) + "\n")
+    flags, words = BREAKS[case]
+    names = {name: str(tmp_path / name) for name in ("empty", "model", "misspelt", "other")}
+    flags = [flag.format(**names, stage0=str(tmp_path / "stage0")) for flag in flags]
+    command = [sys.executable, str(RUN), "--output_dir", str(tmp_path / "out")]
+    command += ["--deepspeed_config", str(data / "toy.json")]
+    if "--input_dir" not in flags:
+        command += ["--input_dir", str(data)]
+    done = _run([*command, *flags])
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert re.search(words, line), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_shard_is_named(data: Path, tmp_path: Path) -> None:
+    for path in data.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    rows = _rows(13, 0)
+    rows["input_ids"][3, 3] = 4000
+    write_shard(tmp_path / "toy_training_0.hdf5", rows)
+    done = _run(_command(tmp_path, tmp_path / "out"))
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert "toy_training_0.hdf5" in line
+    assert "input_ids" in line
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 2)
+
+
+def test_bert_base_starts_and_says_what_makes_shards(tmp_path: Path) -> None:
+    config = REPOSITORY / "ds_configs" / "bert_base.json"
+    command = ["-m", "deepspeed.launcher.runner", str(RUN), "--deepspeed_config", str(config)]
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=tmp_path,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode == 2
+    assert "no training shards" in done.stderr
+    assert "launch.sh prep shards" in done.stderr
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(data: Path, tmp_path: Path) -> None:
+    done = _run(_command(data, tmp_path / "out", "--dry_run"))
+    assert done.returncode == 0, done.stderr
+    assert "parameters: " in done.stdout
+    assert "FLOPs a step: " in done.stdout
+    resolved = json.loads(done.stdout[: done.stdout.rindex("\n}") + 2])
+    assert resolved["bert"]["model"]["vocab_size"] == len(VOCAB)
+    assert not (tmp_path / "out").exists()
