@@ -82,7 +82,7 @@ install() {
     fi
     rm -f "$stamp"
     if ! "$venv/bin/python" -m pip install --disable-pip-version-check \
-        --constraint "$root/constraints.txt" --editable "${root}[dev]" >>"$log" 2>&1; then
+        --constraint "$root/constraints.txt" --editable "${root}[dev,hub]" >>"$log" 2>&1; then
         tail -n 15 "$log" >&2
         die "pip could not install the dependencies (above: the end of $log);" \
             "mend that and run the same command again"

@@ -213,6 +213,7 @@ def _from_hub(task: Task, split: Split) -> Examples:
             f"no data for {task.name}: {where}; or, with network: pip install datasets"
         ) from error
     name = f"{HUB_DATASET} {task.hub_config}/{split.hub}"
+    print(f"no files of {task.name} here: asking the Hugging Face hub for {name}", file=sys.stderr)
     try:
         table = datasets.load_dataset(HUB_DATASET, task.hub_config, split=split.hub)
     except OSError as error:  # no network and nothing cached: datasets' own errors are OSErrors

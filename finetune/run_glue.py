@@ -9,6 +9,7 @@ Without `--model_name_or_path` it takes the newest pretrained model under `runs/
 """
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Run the command line."""
     args = build_parser().parse_args()
+    # Without network it would print ten lines of retries before our one.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if args.deepspeed_config:
         raise ConfigError(
             "--deepspeed_config: fine-tuning runs in one process without DeepSpeed; "

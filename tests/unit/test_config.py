@@ -50,7 +50,7 @@ def test_values_keep_their_types(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ['{"a": 1, "b": 2, "a": 1}', '{"x": {"a": 1, "a": 2}}'])
 def test_a_key_that_stands_there_twice_is_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(ConfigError, match="a.json: the key 'a' stands there twice"):
+    with pytest.raises(ConfigError, match=r"a\.json: the key 'a' stands there twice"):
         load(tmp_path, text)
 
 

@@ -1,0 +1,121 @@
+"""What DeepSpeed would get wrong in silence is refused by name; its keys are those it reads."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+
+from zerobert import engine
+from zerobert.config import load_json
+from zerobert.errors import ConfigError
+
+FP16 = {"fp16": {"enabled": True}}
+BF16 = {"bf16": {"enabled": True}}
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "message"),
+    [
+        (FP16, "fp16 at ZeRO stage 0 .*zero_optimization.stage to 1"),
+        (FP16 | {"zero_optimization": {"stage": 0}}, "fp16 at ZeRO stage 0"),
+        (BF16, "bf16 at ZeRO stage 0 .*zero_optimization.stage to 1"),
+        (
+            {"torch_autocast": {"enabled": True, "dtype": "float16"}},
+            "torch_autocast in float16 .*bfloat16",
+        ),
+        (
+            {"torch_autocast": {"enabled": True, "dtype": "torch.float16"}},
+            "torch_autocast in float16",
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "round_robin_gradients": True}},
+            "zero_optimization.round_robin_gradients .*remove it",
+        ),
+        ({"zero_optimization": {"stage": 3}}, "ZeRO stage 3 is not served yet"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            "zero_optimization.offload_optimizer is not served yet",
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "offload_param": {"device": "nvme"}}},
+            "zero_optimization.offload_param is not served yet",
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "cpu_offload": True}},
+            "zero_optimization.cpu_offload is not served yet",
+        ),
+        ({"scheduler": {"type": "WarmupLR"}}, '"scheduler" section .*bert.schedule'),
+        ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal is not served yet"),
+    ],
+)
+def test_each_setting_is_refused_by_name(ds_config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        engine.check_served(ds_config)
+
+
+@pytest.mark.parametrize(
+    "ds_config",
+    [
+        {},
+        {"zero_optimization": {"stage": 2}},
+        {"fp16": {"enabled": False}},
+        FP16 | {"zero_optimization": {"stage": 1}},
+        BF16 | {"zero_optimization": {"stage": 2}},
+        {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+        {"torch_autocast": {"enabled": False, "dtype": "float16"}},
+        {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "none"}}},
+        {"zero_optimization": {"stage": 1, "round_robin_gradients": False}},
+        {"checkpoint": {"load_universal": False}},
+    ],
+)
+def test_what_is_served_passes(ds_config: dict[str, Any]) -> None:
+    engine.check_served(ds_config)
+
+
+def test_precision_is_that_of_the_weights() -> None:
+    assert engine.precision({}) == "fp32"
+    assert engine.precision({"fp16": {"enabled": False}, **BF16}) == "bf16"
+    assert engine.precision(FP16) == "fp16"
+    assert engine.precision({"torch_autocast": {"enabled": True}}) == "fp32"
+
+
+def _constants() -> set[str]:
+    """Every string in the sources where DeepSpeed says which keys it reads."""
+
+    def sources() -> Iterator[Path]:
+        for path in Path(deepspeed.__file__).parent.rglob("*.py"):
+            if path.name in ("config.py", "constants.py"):
+                yield path
+
+    return {
+        node.value
+        for path in sources()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+
+
+def _fields() -> set[str]:
+    """The keys that DeepSpeed declares as the fields of a section's class."""
+    sections = Path(deepspeed.__file__).parent / "monitor" / "config.py"
+    return set(re.findall(r"^    (\w+): ", sections.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def test_every_top_level_key_is_one_that_deepspeed_reads() -> None:
+    known = _constants() | _fields()
+    assert engine.TOP_LEVEL_KEYS - known == set()
+    assert "grad_clippping" not in known
+    assert "train_batchsize" not in known
+
+
+def test_the_recipes_have_known_keys_only(repository: Path) -> None:
+    recipes = sorted((repository / "ds_configs").glob("*.json"))
+    assert recipes
+    for path in recipes:
+        raw = load_json(path)
+        assert set(raw) - {"bert"} <= engine.TOP_LEVEL_KEYS, path.name
+        engine.check_served({key: value for key, value in raw.items() if key != "bert"})
