@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -355,3 +356,61 @@ def test_dry_run_prints_the_plan_and_writes_nothing(data: Path, tmp_path: Path) 
     resolved = json.loads(done.stdout[: done.stdout.rindex("\n}") + 2])
     assert resolved["bert"]["model"]["vocab_size"] == len(VOCAB)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("limit_bytes", [60_000, 200_000], ids=["model", "state"])
+def test_a_full_disk_is_one_line_and_leaves_nothing_half(
+    data: Path, tmp_path: Path, limit_bytes: int
+) -> None:
+    """A limit on the size of a file stands for the full disk: both fail in write()."""
+    done = subprocess.run(
+        _command(data, tmp_path / "out"),
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes)),
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: cannot write ")
+    assert "free space" in line
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not [name for name in names if name.startswith((".", "state_", "latest"))]
+    again = _run(_command(data, tmp_path / "out"))
+    assert again.returncode == 0, again.stderr
+
+
+def test_ctrl_c_before_training_starts(data: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        ["bash", str(REPOSITORY / "launch.sh"), "pretrain", *_command(data, tmp_path / "out")[2:]],
+        env=_environment(ZEROBERT_PYTHON=sys.executable),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert _processes_with(str(tmp_path / "out")) == []
+
+
+def test_wandb_offline_needs_no_account_and_keeps_its_id(data: Path, tmp_path: Path) -> None:
+    key = "f" * 40
+    flags = ["--tracker", "wandb", "--max_steps", "4"]
+    done = _run(_command(data, tmp_path, *flags), WANDB_MODE="offline", WANDB_API_KEY=key)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("wandb/offline-run-*"))
+    assert key not in done.stdout + done.stderr
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or key.encode() not in path.read_bytes(), path
+
+
+def test_torchrun_starts_it_too(data: Path, unbroken: Path, tmp_path: Path) -> None:
+    port = str(20000 + os.getpid() % 20000)
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    done = _run([sys.executable, *torchrun, *_command(data, tmp_path, "--save_steps", "100")[1:]])
+    assert done.returncode == 0, done.stderr
+    assert _losses(tmp_path)[12] == pytest.approx(_losses(unbroken)[12], abs=2e-6)

@@ -1,0 +1,447 @@
+"""The model folder: transformers loads ours cleanly, we load what transformers wrote."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from zerobert import checkpoint, manifest
+from zerobert.checkpoint import ModelFolder, load_tokenizer, load_weights, newest_model, open_model
+from zerobert.config import BertConfig
+from zerobert.errors import CheckpointError, ConfigError, DataError, ManifestError
+from zerobert.model import BertForPreTraining, BertForSequenceClassification
+from zerobert.tokenizer import SPECIAL_TOKENS, WordPieceTokenizer
+
+WORDS = "the quick brown fox jump ##s over a lazy dog . , ! ##ed un ##able Dog"
+VOCAB = [*SPECIAL_TOKENS, *WORDS.split(" ")]
+CONFIG = BertConfig(
+    vocab_size=len(VOCAB),
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    intermediate_size=40,
+    max_position_embeddings=32,
+)
+TEXTS = ["The quick brown FOX jumps over a lazy dog.", "unable!"]
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Keep the loading reports of transformers out of the log; tests read the returned ones."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity(verbosity)
+
+
+def shaken(model: nn.Module) -> Any:
+    """The model with biases and norms that matter too."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def make_model() -> BertForPreTraining:
+    torch.manual_seed(0)
+    return shaken(BertForPreTraining(CONFIG))
+
+
+def make_tokenizer(*, do_lower_case: bool = True) -> WordPieceTokenizer:
+    return WordPieceTokenizer(VOCAB, do_lower_case=do_lower_case)
+
+
+def save(folder: Path, model: nn.Module | None = None, **options: Any) -> Path:
+    checkpoint.save_model(
+        folder,
+        model or make_model(),
+        CONFIG,
+        options.pop("tokenizer", make_tokenizer()),
+        card="# A card\n",
+        source={"steps": 3},
+        inputs={"vocab.txt": "ab"},
+        **options,
+    )
+    return folder
+
+
+def hugging_face(kind: type[Any]) -> Any:
+    torch.manual_seed(0)
+    return shaken(kind(transformers.BertConfig(**dataclasses.asdict(CONFIG))))
+
+
+def complaints(report: dict[str, Any]) -> dict[str, list[str]]:
+    """What transformers' loading report complains of."""
+    names = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+    return {name: sorted(report[name]) for name in names}
+
+
+def test_transformers_loads_our_folder_cleanly_and_computes_the_same(tmp_path: Path) -> None:
+    ours = make_model()
+    folder = save(tmp_path / "model", ours)
+    theirs, report = transformers.BertForPreTraining.from_pretrained(
+        folder, output_loading_info=True
+    )
+    assert not any(complaints(report).values()), report
+    batch = transformers.AutoTokenizer.from_pretrained(folder)(
+        TEXTS, padding=True, return_tensors="pt"
+    )
+    assert batch["input_ids"].tolist()[1][:4] == [2, VOCAB.index("un"), VOCAB.index("##able"), 17]
+    wanted = theirs.eval()(**batch)
+    mlm_BSV, nsp_B2 = ours.logits(
+        batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]
+    )
+    torch.testing.assert_close(mlm_BSV, wanted.prediction_logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(nsp_B2, wanted.seq_relationship_logits, atol=1e-5, rtol=0)
+
+
+def test_other_classes_say_of_our_folder_what_they_say_of_their_own(tmp_path: Path) -> None:
+    save(tmp_path / "ours")
+    hugging_face(transformers.BertForPreTraining).save_pretrained(tmp_path / "theirs")
+    for kind in (
+        transformers.AutoModel,
+        transformers.BertForMaskedLM,
+        transformers.AutoModelForSequenceClassification,
+    ):
+        reports = [
+            complaints(kind.from_pretrained(tmp_path / name, output_loading_info=True)[1])
+            for name in ("ours", "theirs")
+        ]
+        assert reports[0] == reports[1], kind
+
+
+def test_a_folder_has_these_files_and_a_manifest_that_holds(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model")
+    written = manifest.verify_folder(folder)
+    assert (written.kind, written.config, written.inputs) == (
+        "model",
+        {"steps": 3},
+        {"vocab.txt": "ab"},
+    )
+    assert sorted(written.files) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.txt",
+    ]
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        assert weights.metadata() == {"format": "pt"}
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings["model_max_length"] == CONFIG.max_position_embeddings
+
+
+def test_weights_read_back_are_those_written(tmp_path: Path) -> None:
+    ours = make_model()
+    opened = open_model(str(save(tmp_path / "model", ours)))
+    assert opened == ModelFolder(
+        path=tmp_path / "model", config=CONFIG, labels=(), is_regression=False, do_lower_case=True
+    )
+    other = BertForPreTraining(CONFIG)
+    assert load_weights(other, opened) == []
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(weight, other.state_dict()[name]), name
+    assert load_tokenizer(opened).encode_words(["the DOG"]) == [[5, 14]]
+
+
+def test_master_weights_are_saved_in_fp32_instead_of_the_model_s_own(tmp_path: Path) -> None:
+    masters = {name: w + 1e-4 for name, w in make_model().state_dict().items()}
+    folder = save(tmp_path / "model", make_model().bfloat16(), state=masters)
+    for name, weight in load_file(folder / "model.safetensors").items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, masters[name])
+
+
+def test_a_cased_tokenizer_stays_cased(tmp_path: Path) -> None:
+    opened = open_model(
+        str(save(tmp_path / "model", tokenizer=make_tokenizer(do_lower_case=False)))
+    )
+    assert not opened.do_lower_case
+    assert load_tokenizer(opened).encode_words(["Dog"]) == [[VOCAB.index("Dog")]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "is_regression", "num_labels"),
+    [(("no", "maybe", "yes"), False, 3), ((), True, 1)],
+)
+def test_a_classifier_keeps_its_labels(
+    tmp_path: Path, labels: tuple[str, ...], is_regression: bool, num_labels: int
+) -> None:
+    ours = shaken(BertForSequenceClassification(CONFIG, num_labels))
+    folder = save(tmp_path / "model", ours, labels=labels, is_regression=is_regression)
+    opened = open_model(str(folder))
+    assert opened.is_regression is is_regression
+    assert opened.labels == (labels or ("LABEL_0",))
+    theirs, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, output_loading_info=True
+    )
+    assert not any(complaints(report).values()), report
+    assert list(theirs.config.id2label.values()) == list(opened.labels)
+    ids = torch.tensor([[2, 5, 6, 3]])
+    ones, zeros = torch.ones_like(ids), torch.zeros_like(ids)
+    torch.testing.assert_close(ours(ids, ones, zeros), theirs.eval()(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_eleven_labels_keep_their_order(tmp_path: Path) -> None:
+    labels = tuple(f"label {i}" for i in range(11))  # as text, "10" comes before "2"
+    model = BertForSequenceClassification(CONFIG, 11)
+    assert open_model(str(save(tmp_path / "model", model, labels=labels))).labels == labels
+
+
+@pytest.mark.parametrize(
+    ("kind", "new"),
+    [
+        (transformers.BertForPreTraining, set()),
+        (
+            transformers.BertForMaskedLM,
+            {
+                "bert.pooler.dense.weight",
+                "bert.pooler.dense.bias",
+                "cls.seq_relationship.weight",
+                "cls.seq_relationship.bias",
+            },
+        ),
+        (
+            transformers.BertModel,
+            {
+                "cls.predictions.bias",
+                "cls.predictions.transform.dense.weight",
+                "cls.predictions.transform.dense.bias",
+                "cls.predictions.transform.LayerNorm.weight",
+                "cls.predictions.transform.LayerNorm.bias",
+                "cls.seq_relationship.weight",
+                "cls.seq_relationship.bias",
+            },
+        ),
+    ],
+)
+def test_we_load_what_transformers_saved(tmp_path: Path, kind: type[Any], new: set[str]) -> None:
+    theirs = hugging_face(kind)
+    theirs.save_pretrained(tmp_path)
+    ours = BertForPreTraining(CONFIG).eval()
+    before = {name: weight.clone() for name, weight in ours.state_dict().items()}
+    assert set(load_weights(ours, open_model(str(tmp_path)))) == new
+    wanted = {
+        name if "bert." in name or "cls." in name else f"bert.{name}": weight
+        for name, weight in theirs.state_dict().items()
+    }
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(weight, before[name] if name in new else wanted[name]), name
+
+
+def rename_layer_norms(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names that the first releases of BERT used."""
+    return {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): weight
+        for name, weight in weights.items()
+    }
+
+
+def test_old_names_and_old_pickles_are_understood(tmp_path: Path) -> None:
+    ours = make_model()
+    folder = save(tmp_path / "model", ours)
+    (folder / "manifest.json").unlink()
+    (folder / "model.safetensors").unlink()
+    old = rename_layer_norms(ours.state_dict())
+    assert sum(name.endswith(".gamma") for name in old) == 6
+    old["bert.embeddings.position_ids"] = torch.arange(32)[None]
+    torch.save(old, folder / "pytorch_model.bin")
+    other = BertForPreTraining(CONFIG)
+    assert load_weights(other, open_model(str(folder))) == []
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(weight, other.state_dict()[name]), name
+
+
+def test_another_task_s_classifier_is_left_out(tmp_path: Path) -> None:
+    save(tmp_path / "model", BertForSequenceClassification(CONFIG, 3), labels=("a", "b", "c"))
+    opened = open_model(str(tmp_path / "model"))
+    other = BertForSequenceClassification(CONFIG, 2)
+    assert set(load_weights(other, opened)) == {"classifier.weight", "classifier.bias"}
+
+
+def load(folder: Path) -> None:
+    opened = open_model(str(folder))
+    load_weights(BertForPreTraining(opened.config), opened)
+
+
+def edit_config(**changes: object) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return apply
+
+
+def edit_weights(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors")
+
+    return apply
+
+
+def pickle_only(data: bytes) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / "pytorch_model.bin").write_bytes(data)
+
+    return apply
+
+
+QUERY = "bert.encoder.layer.1.attention.self.query.weight"
+DAMAGES: list[tuple[str, Callable[[Path], object]]] = [
+    ("wanted model_type 'bert', got 'roberta'", edit_config(model_type="roberta")),
+    ("hidden_act: wanted one of 'gelu', got 'relu'", edit_config(hidden_act="relu")),
+    ("hidden_size: wanted int, got '24'", edit_config(hidden_size="24")),
+    ("hidden_size 25 can't be divided", edit_config(hidden_size=25)),
+    ("config.json is missing", lambda folder: (folder / "config.json").unlink()),
+    ("config.json can't be read", lambda folder: os.truncate(folder / "config.json", 9)),
+    (
+        "config.json: wanted a JSON object, got list",
+        lambda folder: (folder / "config.json").write_text("[]"),
+    ),
+    (
+        r"word_embeddings.weight has shape \(22, 24\), wanted \(40, 24\)",
+        edit_config(vocab_size=40),
+    ),
+    ("1 weights are missing, first '.*query.weight'", edit_weights(lambda w: w.pop(QUERY))),
+    (
+        "'bert.surprise' is not a weight of this BERT",
+        edit_weights(lambda w: w.update({"bert.surprise": torch.zeros(1)})),
+    ),
+    (
+        r"query.weight has shape \(3, 3\), wanted \(24, 24\)",
+        edit_weights(lambda w: w.update({QUERY: torch.zeros(3, 3)})),
+    ),
+    ("weights can't be read", lambda folder: os.truncate(folder / "model.safetensors", 999)),
+    ("has no model.safetensors", lambda folder: (folder / "model.safetensors").unlink()),
+    ("weights can't be read", pickle_only(b"")),
+    ("weights can't be read", pickle_only(b"c__builtin__\nprint\n(S'ran'\ntR.")),  # would run code
+]
+
+
+@pytest.mark.parametrize(("message", "damage"), DAMAGES)
+def test_each_damage_of_a_foreign_folder_has_its_message(
+    tmp_path: Path,
+    message: str,
+    damage: Callable[[Path], object],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = save(tmp_path / "model")
+    (folder / "manifest.json").unlink()
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+    assert "ran" not in capsys.readouterr().out
+
+
+def test_a_folder_of_ours_that_was_changed_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model")
+    os.truncate(folder / "model.safetensors", 999)
+    with pytest.raises(ManifestError, match=r"model\.safetensors: 999 bytes, the manifest says"):
+        open_model(str(folder))
+
+
+def test_a_vocabulary_of_another_size_is_refused_both_ways(tmp_path: Path) -> None:
+    small = WordPieceTokenizer(VOCAB[:-1], do_lower_case=True)
+    with pytest.raises(CheckpointError, match=r"a vocabulary of 21 words does not fit .* 22"):
+        save(tmp_path / "model", tokenizer=small)
+    assert list(tmp_path.iterdir()) == []
+    folder = save(tmp_path / "model")
+    (folder / "manifest.json").unlink()
+    small.save(folder)
+    with pytest.raises(CheckpointError, match=r"vocab.txt has 21 words.*made for 22"):
+        load_tokenizer(open_model(str(folder)))
+
+
+def test_a_disk_that_refuses_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise checkpoint.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(DataError, match=r"cannot write .*No space left on device"):
+        save(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [LocalEntryNotFoundError("offline"), ConnectionError("offline")])
+def test_a_hub_name_without_network_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def unreachable(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", unreachable)
+    with pytest.raises(CheckpointError) as caught:
+        open_model("bert-base-uncased")
+    message = str(caught.value)
+    assert "'bert-base-uncased' is neither a model folder here nor" in message
+    assert type(error).__name__ in message
+    assert "give the path of a folder with config.json and model.safetensors" in message
+
+
+def test_a_hub_name_is_fetched_where_there_is_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hugging_face(transformers.BertForPreTraining).save_pretrained(tmp_path / "snapshot")
+    asked = []
+
+    def fetch(name: str, **_: object) -> str:
+        asked.append(name)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", fetch)
+    assert open_model("some/bert").config == CONFIG
+    assert asked == ["some/bert"]
+
+
+def complete(folder: Path, *, at: int) -> Path:
+    """A folder with a manifest of some age."""
+    folder.mkdir(parents=True)
+    manifest.write_manifest(folder, kind="model", config={}, inputs={})
+    os.utime(folder / "manifest.json", (at, at))
+    return folder
+
+
+def test_the_newest_model_is_the_one_completed_last(tmp_path: Path) -> None:
+    complete(tmp_path / "a" / "model_900", at=1000)
+    newest = complete(tmp_path / "b" / "deep" / "model_20", at=3000)
+    complete(tmp_path / "b" / "model_1000", at=2000)
+    complete(tmp_path / "b" / ".incomplete-x" / "model_30", at=9000)
+    complete(tmp_path / "b" / "model_best", at=9000)
+    complete(tmp_path / "b" / "state_40", at=9000)
+    complete(tmp_path / "b" / ".incomplete-model_50", at=9000)
+    (tmp_path / "b" / "model_2000").mkdir()
+    assert newest_model(tmp_path) == newest
+
+
+def test_no_model_at_all_says_how_to_make_one(tmp_path: Path) -> None:
+    (tmp_path / "model_7").mkdir()
+    with pytest.raises(ConfigError, match=r"no pretrained model .*launch.sh pretrain"):
+        newest_model(tmp_path)
+    with pytest.raises(ConfigError, match="no pretrained model"):
+        newest_model(tmp_path / "nowhere")
+
+
+def test_a_card_has_the_facts() -> None:
+    card = checkpoint.model_card(title="Tiny", facts={"optimizer steps": 7})
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "# Tiny\n" in card
+    assert "| optimizer steps | 7 |" in card
