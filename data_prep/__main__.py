@@ -8,6 +8,10 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+    from zerobert.errors import expect_interrupts
+
+    expect_interrupts()
+
 from data_prep import corpus, look
 from data_prep.build import ShardsConfig, build_instances, build_shards
 from data_prep.extract import TextConfig, extract_text

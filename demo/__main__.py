@@ -15,6 +15,10 @@ from types import FrameType
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+    from zerobert.errors import expect_interrupts
+
+    expect_interrupts()
+
 from demo import results, stages
 from demo.pipeline import Stage, remove, run_stages
 from zerobert.errors import EXIT_TERMINATED, ArgumentParser, run_script

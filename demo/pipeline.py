@@ -18,6 +18,7 @@ from zerobert.manifest import write_json
 
 LAUNCHER = Path(__file__).resolve().parents[1] / "launch.sh"
 _STEP = re.compile(r"global step:? (\d+)")
+_TELL_EVERY_S = 30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,13 +116,15 @@ def run_command(command: Sequence[str], log: Path, *, num_steps: int | None = No
     """Show a command and run it; its output goes to a file, its errors to the terminal.
 
     Args:
-        num_steps: how many steps it trains; draws a progress bar from the steps that it reports.
+        num_steps: how many steps it trains; draws a progress bar from the steps that it reports,
+            or prints a line now and then where there is no terminal.
 
     Returns:
         Its exit code.
     """
     print(f"$ {' '.join(command)}", flush=True)
     log.parent.mkdir(parents=True, exist_ok=True)
+    told_s = time.monotonic()
     bar = tqdm(
         total=num_steps,
         unit="step",
@@ -147,6 +150,9 @@ def run_command(command: Sequence[str], log: Path, *, num_steps: int | None = No
                 file.flush()
                 if step := _STEP.search(line):
                     bar.update(int(step[1]) - bar.n)
+                    if bar.disable and time.monotonic() - told_s > _TELL_EVERY_S:
+                        told_s = time.monotonic()
+                        print(f"  step {step[1]} of {num_steps}", flush=True)
         except BaseException:
             # Ctrl-C may have reached only us; a training run saves its state before it ends.
             child.terminate()

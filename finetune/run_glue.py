@@ -17,6 +17,10 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+    from zerobert.errors import expect_interrupts
+
+    expect_interrupts()
+
 import torch
 
 from finetune import glue, job, loop

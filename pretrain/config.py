@@ -254,10 +254,14 @@ def batch_sizes(ds: Mapping[str, Any], world_size: int) -> BatchSizes:
     if total is None:
         total = micro * accumulation * world_size
     if micro * accumulation * world_size != total:
+        remedy = (
+            f"train_batch_size that is a multiple of {world_size}"
+            if total % world_size
+            else f"train_micro_batch_size_per_gpu that divides {total // world_size}"
+        )
         raise ConfigError(
             f"train_batch_size {total} is not micro-batch {micro} x accumulation {accumulation} x "
-            f"{world_size} processes; choose a train_micro_batch_size_per_gpu that divides "
-            f"{total / world_size:g}"
+            f"{world_size} processes; choose a {remedy}"
         )
     return BatchSizes(global_samples=total, micro_samples=micro, accumulation_steps=accumulation)
 

@@ -21,7 +21,7 @@ from pretrain.state import RunFolder, TrainState
 from zerobert import checkpoint, distributed, engine, kernels, manifest
 from zerobert.device import peak_flops
 from zerobert.engine import Engine
-from zerobert.errors import ConfigError
+from zerobert.errors import ConfigError, exit_code
 from zerobert.model import BertForPreTraining, num_parameters, training_flops_per_sequence
 from zerobert.optim import build_optimizer
 from zerobert.shards import ShardInfo, find_shards, shard_lower_case, shard_vocabulary
@@ -202,6 +202,18 @@ def train(run: Experiment, args: argparse.Namespace, stop: StopRequest) -> int:
     if resume_from is not None and run_state.saved_step(resume_from) >= run.steps:
         _finish(run, 0, run.steps)
         return 0
+    try:
+        return _train(run, args, stop, resume_from)
+    except BaseException as error:
+        if distributed.is_main():
+            text = " ".join(str(error).split())
+            write_status(run.folder.path, "failed", exit_code(error), error=text)
+        raise
+
+
+def _train(
+    run: Experiment, args: argparse.Namespace, stop: StopRequest, resume_from: Path | None
+) -> int:
     torch.manual_seed(run.config.bert.run.seed)
     model = BertForPreTraining(run.folder.model, run.config.bert.kernels)
     with distributed.one_voice():
@@ -212,7 +224,7 @@ def train(run: Experiment, args: argparse.Namespace, stop: StopRequest) -> int:
     state = TrainState()
     if resume_from is not None:
         with distributed.one_voice():
-            state = run_state.restore(training, resume_from, run.folder)
+            state = run_state.restore(training, resume_from)
         _say(f"resumed from {resume_from} at step {state.step} of {run.steps}")
     with _tracker(run, state) as tracker:
         code = _loop(run, training, state, tracker, stop, args)
@@ -231,9 +243,7 @@ def _output_folder(run: Experiment, args: argparse.Namespace) -> Path | None:
         with manifest.writing(path):
             path.mkdir(parents=True, exist_ok=True)
         if found is not None:
-            pretrain_config.check_same_run(
-                manifest.read_manifest(found).config["identity"], run.folder.identity, str(found)
-            )
+            run_state.check_resumable(found, run.folder)
         manifest.write_json(path / "config.json", run.folder.resolved)
         write_status(path, "running", None)
     return found

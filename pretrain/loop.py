@@ -108,16 +108,16 @@ def train(
         if state.step % cfg.logging_steps == 0 or is_last or exit_code:
             log(engine, window, state, lr, cfg, tracker)  # waits for the device
             window = Window()
+        pause_s = time.perf_counter()
         if held_out and (is_last or (cfg.eval_steps and state.step % cfg.eval_steps == 0)):
             metrics = evaluate(engine, held_out(is_last))
             if tracker is not None:
                 print_evaluation(state.step, metrics)
                 tracker.log(state.step, metrics)
-            window.started_s = time.perf_counter()
         if state.step % cfg.save_steps == 0 or is_last or exit_code:
             run_state.save(engine, state, run)
             saved_step = state.step
-            window.started_s = time.perf_counter()
+        window.started_s += time.perf_counter() - pause_s
     batches.close()  # type: ignore[attr-defined]
     assert saved_step == state.step
     return exit_code

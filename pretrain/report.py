@@ -9,6 +9,10 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+    from zerobert.errors import expect_interrupts
+
+    expect_interrupts()
+
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass

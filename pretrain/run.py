@@ -96,7 +96,6 @@ def _train(args: argparse.Namespace, stop: StopRequest) -> int:
     # These take seconds to import: a wrong flag is told before.
     from pretrain import experiment
     from zerobert import distributed
-    from zerobert.tracking import write_status
 
     experiment.set_threads()
     experiment.init_distributed()
@@ -106,15 +105,7 @@ def _train(args: argparse.Namespace, stop: StopRequest) -> int:
         if distributed.is_main():
             _print_plan(run)
         return 0
-    output_dir = run.folder.path
-    try:
-        code = experiment.train(run, args, stop)
-    except BaseException as error:
-        if distributed.is_main() and output_dir.is_dir():
-            text = " ".join(str(error).split())
-            write_status(output_dir, "failed", exit_code(error), error=text)
-        raise
-    return code
+    return experiment.train(run, args, stop)
 
 
 def _quiet() -> None:

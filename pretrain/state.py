@@ -143,9 +143,7 @@ def find_state(path: Path, resume: str) -> Path | None:
     problems = []
     for folder in candidates:
         try:
-            kind = manifest.verify_folder(folder).kind
-            if kind != "state":
-                raise ManifestError(f"{folder} is a {kind} folder, wanted state_<step>")
+            _check_state(folder)
         except ManifestError as error:
             print(f"warning: {folder} is not used: {error}", flush=True)
             problems.append(str(error))
@@ -159,17 +157,22 @@ def find_state(path: Path, resume: str) -> Path | None:
     return None
 
 
+def _check_state(folder: Path) -> None:
+    kind = manifest.verify_folder(folder).kind
+    if kind != "state":
+        raise ManifestError(f"{folder} is a {kind} folder, wanted state_<step>")
+
+
 def saved_step(folder: Path) -> int:
     """The optimizer step that a state was saved at."""
     return int(manifest.read_manifest(folder).config["step"])
 
 
-def restore(engine: Engine, folder: Path, run: RunFolder) -> TrainState:
-    """Bring an engine to where a state was saved; collective.
+def check_resumable(folder: Path, run: RunFolder) -> None:
+    """Hold a state against the run that is to go on from it.
 
     Raises:
         ConfigError: the state is of a run with other settings or another number of processes.
-        CheckpointError: the state can't be loaded.
     """
     saved = manifest.read_manifest(folder).config
     check_same_run(saved["identity"], run.identity, str(folder))
@@ -178,6 +181,14 @@ def restore(engine: Engine, folder: Path, run: RunFolder) -> TrainState:
             f"{folder} was saved by {saved['world_size']} processes, this run has "
             f"{distributed.world_size()}; resume with {saved['world_size']}"
         )
+
+
+def restore(engine: Engine, folder: Path) -> TrainState:
+    """Bring an engine to where a state was saved; collective.
+
+    Raises:
+        CheckpointError: the state can't be loaded.
+    """
     client_state = engine.load(folder)
     return TrainState(
         **{field.name: client_state[field.name] for field in dataclasses.fields(TrainState)}

@@ -16,6 +16,7 @@ import argparse
 import os
 import select
 import sys
+import types
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -114,6 +115,20 @@ def _reader_is_gone() -> bool:
     if is_gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return is_gone
+
+
+def expect_interrupts() -> None:
+    """Make Ctrl-C during a script's slow imports one line too; `run_script` serves what follows."""
+
+    def hook(
+        kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
+    ) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr, flush=True)
+            os._exit(EXIT_INTERRUPTED)  # Python would end by the signal, which is no exit code
+        sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def print_error(error: ZerobertError) -> None:

@@ -237,6 +237,7 @@ def test_resuming_under_other_settings_is_refused(data: Path, unbroken: Path) ->
     assert done.returncode == 2
     assert "optimizer.params.lr was 0.01, is 0.5" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert json.loads((unbroken / "status.json").read_text())["state"] == "done"
 
 
 def _processes_with(text: str) -> list[str]:

@@ -1,0 +1,175 @@
+"""The launcher around a stub of DeepSpeed's: signals go in, exit codes come out, nothing stays."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain.launcher import split_ranks
+from tests.conftest import REPOSITORY
+from zerobert.errors import ConfigError
+
+# As DeepSpeed's: starts the ranks, waits for all, ends with 1 when a rank fails, is deaf itself.
+STUB_RUNNER = """
+import os, signal, subprocess, sys
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(number, signal.SIG_IGN)
+flags = sys.argv[1:]
+num_ranks = int(flags[flags.index("--num_gpus") + 1])
+start = flags.index(os.environ["STUB_SCRIPT"])
+ranks = [
+    subprocess.Popen([sys.executable, *flags[start:]], env={**os.environ, "RANK": str(rank)})
+    for rank in range(num_ranks)
+]
+sys.exit(1 if any([rank.wait() for rank in ranks]) else 0)
+"""
+RANK_START = """
+import os, sys, time
+from pathlib import Path
+from pretrain.signals import StopRequest, report_exit
+out, rank = Path(sys.argv[1]), os.environ["RANK"]
+stop = StopRequest()
+(out / f"{rank}.up").write_text(str(os.getpid()))
+"""
+UNTIL_STOPPED = """
+deadline = time.monotonic() + 60
+while not stop.exit_code and time.monotonic() < deadline:
+    time.sleep(0.02)
+report_exit(stop.exit_code)
+sys.exit(stop.exit_code)
+"""
+
+
+class Launch:
+    """A launcher in a process of its own, with a rank's body of the test's choice."""
+
+    def __init__(self, folder: Path, body: str, num_ranks: int = 2) -> None:
+        self.out = folder / "out"
+        self.out.mkdir()
+        (folder / "temporary").mkdir()
+        stub = folder / "deepspeed" / "launcher"
+        stub.mkdir(parents=True)
+        (stub / "__init__.py").touch()
+        (folder / "deepspeed" / "__init__.py").touch()
+        (stub / "runner.py").write_text(STUB_RUNNER)
+        rank = folder / "rank.py"
+        rank.write_text(RANK_START + textwrap.dedent(body))
+        driver = (
+            "import sys\nfrom pathlib import Path\nfrom pretrain import launcher\n"
+            f"launcher._SCRIPT = Path({str(rank)!r})\n"
+            f"sys.exit(launcher.launch([{str(self.out)!r}], {num_ranks}))\n"
+        )
+        self.num_ranks = num_ranks
+        self.temporary = folder / "temporary"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", driver],
+            env={
+                **os.environ,
+                "PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}",
+                "STUB_SCRIPT": str(rank),
+                "TMPDIR": str(self.temporary),
+            },
+        )
+
+    def pids(self) -> list[int]:
+        """The ranks' process numbers, once all are up."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            texts = [path.read_text() for path in self.out.glob("*.up")]
+            if len(texts) == self.num_ranks and all(texts):
+                return [int(text) for text in texts]
+            time.sleep(0.02)
+        raise AssertionError("the ranks do not come up")
+
+    def end(self) -> int:
+        """The exit code; no rank and no file may be left."""
+        code = self.process.wait(timeout=30)
+        deadline = time.monotonic() + 10
+        while (alive := [pid for pid in self.pids() if is_alive(pid)]) and (
+            time.monotonic() < deadline
+        ):
+            time.sleep(0.05)
+        assert not alive
+        assert list(self.temporary.iterdir()) == []
+        return code
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits for its parent does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.parametrize(
+    ("argv", "rest", "ranks"),
+    [
+        ([], [], None),
+        (["--n_gpu", "2", "--seed", "3"], ["--seed", "3"], 2),
+        (["--seed=3", "--n_gpu=4"], ["--seed=3"], 4),
+        (["--n_gpu", "0"], [], 1),
+        (["--max_steps", "5"], ["--max_steps", "5"], None),
+    ],
+)
+def test_the_number_of_ranks_is_taken_out_of_the_flags(
+    argv: list[str], rest: list[str], ranks: int | None
+) -> None:
+    assert split_ranks(argv) == (rest, ranks)
+
+
+@pytest.mark.parametrize("argv", [["--n_gpu", "two"], ["--n_gpu", "-1"], ["--n_gpu"]])
+def test_a_number_of_ranks_that_is_none_is_refused(argv: list[str]) -> None:
+    with pytest.raises(ConfigError, match="--n_gpu: wanted a whole number, got"):
+        split_ranks(argv)
+
+
+def test_success_is_zero(tmp_path: Path) -> None:
+    launch = Launch(tmp_path, "report_exit(0)\n")
+    assert launch.end() == 0
+
+
+def test_the_code_of_the_rank_that_failed_comes_out(tmp_path: Path) -> None:
+    launch = Launch(tmp_path, "code = 2 * int(rank)\nreport_exit(code)\nsys.exit(code)\n")
+    assert launch.end() == 2  # the runner itself says 1
+
+
+def test_a_rank_that_dies_without_a_word_is_no_success(tmp_path: Path) -> None:
+    launch = Launch(tmp_path, "import signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    assert launch.end() == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)]
+)
+def test_a_signal_reaches_every_rank_and_their_code_comes_out(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    launch = Launch(tmp_path, UNTIL_STOPPED)
+    launch.pids()
+    launch.process.send_signal(number)
+    assert launch.end() == code
+
+
+def test_a_signal_before_the_ranks_are_up_is_not_lost(tmp_path: Path) -> None:
+    launch = Launch(tmp_path, UNTIL_STOPPED)
+    while not list(launch.temporary.iterdir()):  # its handlers are set right after
+        time.sleep(0.005)
+    time.sleep(0.1)
+    launch.process.send_signal(signal.SIGTERM)
+    assert launch.end() == 143
+
+
+def test_who_insists_ends_ranks_that_do_not_listen(tmp_path: Path) -> None:
+    launch = Launch(tmp_path, "time.sleep(60)\n")
+    launch.pids()
+    for _ in range(3):
+        launch.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+    assert launch.end() == 128 + signal.SIGKILL

@@ -1,0 +1,452 @@
+"""Defaults, JSON and flags in that order; batch sizes; what makes a run this run."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.config import (
+    KNOWN_NAMES,
+    BatchSizes,
+    PretrainConfig,
+    RunConfig,
+    batch_sizes,
+    check_same_run,
+    identity,
+    resolve,
+    resolved_json,
+    total_steps,
+)
+from pretrain.run import parse_args
+from zerobert import checkpoint
+from zerobert.config import BertConfig
+from zerobert.errors import ConfigError
+from zerobert.model import BertForPreTraining
+from zerobert.optim import AdamWParams, LambParams
+from zerobert.schedule import warmup_steps
+from zerobert.tokenizer import SPECIAL_TOKENS, WordPieceTokenizer
+
+RECIPES = [
+    "bert_base",
+    "bert_base_adamw_bf16",
+    "bert_large_phase1",
+    "bert_large_phase2",
+    "bert_tiny_cpu",
+    "paddle_base",
+]
+
+
+def resolved(folder: Path, raw: dict[str, Any], *flags: str) -> PretrainConfig:
+    path = folder / "mine.json"
+    path.write_text(json.dumps(raw))
+    return resolve(parse_args(["--deepspeed_config", str(path), *flags]))
+
+
+def recipe(repository: Path, name: str, *flags: str) -> PretrainConfig:
+    path = repository / "ds_configs" / f"{name}.json"
+    return resolve(parse_args(["--deepspeed_config", str(path), *flags]))
+
+
+def make_model_folder(folder: Path) -> BertConfig:
+    vocab = [*SPECIAL_TOKENS, "a", "b"]
+    config = BertConfig.from_size(
+        {"size": "tiny", "vocab_size": len(vocab), "hidden_dropout_prob": 0.0}, "test"
+    )
+    checkpoint.save_model(
+        folder,
+        BertForPreTraining(config),
+        config,
+        WordPieceTokenizer(vocab, do_lower_case=True),
+        card="",
+        source={},
+        inputs={},
+    )
+    return config
+
+
+def test_a_plain_deepspeed_file_is_bert_base_with_defaults(tmp_path: Path) -> None:
+    got = resolved(tmp_path, {"train_micro_batch_size_per_gpu": 8})
+    assert got.name == "mine"
+    assert got.deepspeed == {"train_micro_batch_size_per_gpu": 8}
+    assert got.bert.run == RunConfig()
+    assert got.bert.data.input_dir == ("data/shards",)
+    assert got.bert.tracking.tracker == ("none",)
+    assert got.optimizer.type == "AdamW"
+    assert got.init_from is None
+    assert got.model(1000) == BertConfig(vocab_size=1000)
+
+
+def test_flags_win_over_the_json_which_wins_over_defaults(tmp_path: Path) -> None:
+    raw = {
+        "optimizer": {"type": "Lamb", "params": {"lr": 1e-3, "weight_decay": 0.1}},
+        "bert": {
+            "data": {"input_dir": ["a"], "eval_dir": "e"},
+            "schedule": {"warmup_proportion": 0.5, "warmup_steps": 4},
+            "run": {"max_steps": 5, "logging_steps": 3, "seed": 9},
+            "tracking": {"tracker": ["wandb"], "project": "p"},
+        },
+    }
+    without = resolved(tmp_path, raw)
+    assert (without.bert.run.max_steps, without.bert.run.logging_steps) == (5, 3)
+    assert (without.bert.run.seed, without.bert.run.save_steps) == (9, 1000)
+    assert without.bert.schedule.warmup_steps == 4
+    assert without.optimizer.params == LambParams(lr=1e-3, weight_decay=0.1)
+
+    flags = "--max_steps 7 --seed 0 --eval_steps 0 --warmup_steps 6 --input_dir b --input_dir c"
+    flags += " --eval_dir f --tracker none --learning_rate 0.25 --num_train_epochs 1e5"
+    flags += " --vocab_file v.txt --save_steps 11 --eval_rows 12"
+    got = resolved(tmp_path, raw, *flags.split())
+    assert (got.bert.run.max_steps, got.bert.run.logging_steps) == (7, 3)
+    assert (got.bert.run.seed, got.bert.run.eval_steps) == (0, 0)
+    assert (got.bert.run.save_steps, got.bert.run.eval_rows) == (11, 12)
+    assert got.bert.run.num_train_epochs == 1e5
+    assert got.bert.schedule.warmup_steps == 6
+    assert got.bert.schedule.warmup_proportion == 0.5
+    assert list(got.bert.data.input_dir) == ["b", "c"]
+    assert (got.bert.data.eval_dir, got.bert.data.vocab_file) == ("f", "v.txt")
+    assert (list(got.bert.tracking.tracker), got.bert.tracking.project) == (["none"], "p")
+    assert got.optimizer.params == LambParams(lr=0.25, weight_decay=0.1)
+
+
+def test_paddlenlp_s_command_overrides_its_recipe() -> None:
+    flags = "--model_type bert --model_name_or_path bert-large-uncased --batch_size 56"
+    flags += " --max_predictions_per_seq 20 --learning_rate 3e-4 --weight_decay 1e-2"
+    flags += " --adam_epsilon 1e-6 --warmup_steps 77 --num_train_epochs 3 --input_dir data/"
+    flags += " --output_dir out --logging_steps 1 --save_steps 20 --max_steps 99 --n_gpu 1"
+    got = resolve(parse_args(flags.split()))
+    assert got.name == "paddle_base"
+    assert got.optimizer.type == "AdamW"
+    assert got.optimizer.params == AdamWParams(lr=3e-4, eps=1e-6, weight_decay=0.01)
+    assert batch_sizes(got.deepspeed, 4) == BatchSizes(
+        global_samples=224, micro_samples=56, accumulation_steps=1
+    )
+    assert got.bert.schedule.warmup_steps == 77
+    assert got.bert.run.max_steps == 99
+    assert got.model(30522).hidden_size == 1024
+    assert got.init_from is None
+
+
+def test_batch_size_is_the_micro_batch_without_accumulation(tmp_path: Path) -> None:
+    raw = {"train_batch_size": 64, "gradient_accumulation_steps": 4}
+    assert resolved(tmp_path, raw, "--batch_size", "3").deepspeed == {
+        "train_micro_batch_size_per_gpu": 3,
+        "gradient_accumulation_steps": 1,
+    }
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_precision_replaces_every_precision_section(tmp_path: Path, precision: str) -> None:
+    raw = {
+        "fp16": {"enabled": True, "initial_scale_power": 20},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "torch_autocast": {"enabled": False},
+        "zero_optimization": {"stage": 1},
+    }
+    wanted: dict[str, Any] = {"zero_optimization": {"stage": 1}}
+    if precision != "fp32":
+        wanted[precision] = {"enabled": True}
+    assert resolved(tmp_path, raw, "--precision", precision).deepspeed == wanted
+
+
+@pytest.mark.parametrize("name", KNOWN_NAMES)
+def test_a_known_name_is_an_architecture_with_random_weights(tmp_path: Path, name: str) -> None:
+    got = resolved(tmp_path, {"bert": {"model": {"size": "tiny"}}}, "--model_name_or_path", name)
+    assert got.init_from is None
+    layers = 24 if "large" in name else 12
+    assert got.model(30522).num_hidden_layers == layers
+
+
+def test_an_unknown_name_is_refused_with_the_way_to_a_hub_model() -> None:
+    with pytest.raises(ConfigError, match=r"'roberta-base' is neither a folder .*--init_from"):
+        resolve(parse_args(["--model_name_or_path", "roberta-base"]))
+
+
+@pytest.mark.parametrize("flag", ["--model_name_or_path", "--init_from"])
+def test_a_folder_is_weights_and_architecture(tmp_path: Path, flag: str) -> None:
+    config = make_model_folder(tmp_path / "model")
+    got = resolve(parse_args([flag, str(tmp_path / "model")]))
+    assert got.init_from is not None
+    assert got.init_from.path == tmp_path / "model"
+    assert got.model(7) == config
+    with pytest.raises(ConfigError, match="made for 7 words, the shards' vocabulary has 8"):
+        got.model(8)
+
+
+def test_the_vocabulary_decides_its_size(tmp_path: Path) -> None:
+    got = resolved(tmp_path, {"bert": {"model": {"size": "tiny", "vocab_size": 100}}})
+    assert got.model(100).vocab_size == 100
+    with pytest.raises(ConfigError, match=r"bert.model.vocab_size is 100, .* has 101 words"):
+        got.model(101)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"grad_clippping": 1.0}, r"mine\.json: unknown key 'grad_clippping' \(did you mean"),
+        ({"bert": {"shedule": {}}}, r"mine\.json: bert: unknown key 'shedule'.*'schedule'"),
+        ({"bert": {"run": {"max_step": 1}}}, r"bert\.run: unknown key 'max_step'.*'max_steps'"),
+        ({"bert": {"data": {"inputdir": []}}}, r"bert\.data: unknown key 'inputdir'"),
+        ({"bert": {"run": {"max_steps": "7"}}}, r"bert\.run\.max_steps: wanted int, got '7'"),
+        ({"bert": {"run": {"max_steps": 0}}}, r"bert\.run: max_steps: wanted above 0, got 0"),
+        ({"bert": {"run": {"save_steps": 0}}}, r"bert\.run: save_steps: wanted at least 1, got 0"),
+        ({"bert": {"run": {"eval_rows": -1}}}, r"bert\.run: eval_rows: wanted at least 0"),
+        ({"bert": {"tracking": {"tracker": ["mlflow"]}}}, r"tracker\[0\]: wanted one of 'none'"),
+        ({"bert": {"kernels": {"attention": "fast"}}}, r"bert\.kernels\.attention: wanted one of"),
+        ({"bert": None}, r"mine\.json: bert: wanted an object"),
+        ({"optimizer": {"type": "SGD"}}, r"optimizer\.type: wanted Lamb or AdamW, got 'SGD'"),
+        ({"optimizer": {"type": "Lamb", "params": {"learning_rate": 1}}}, "'learning_rate'"),
+        ({"scheduler": {"type": "WarmupLR"}}, "bert.schedule"),
+        ({"fp16": {"enabled": True}}, "fp16 at ZeRO stage 0"),
+    ],
+)
+def test_each_mistake_in_the_json_is_named(
+    tmp_path: Path, raw: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolved(tmp_path, raw)
+
+
+def test_a_misspelt_key_of_the_model_is_named(tmp_path: Path) -> None:
+    got = resolved(tmp_path, {"bert": {"model": {"size": "tiny", "hidden_dropout": 0.0}}})
+    with pytest.raises(ConfigError, match=r"bert\.model: unknown key 'hidden_dropout'.*_prob'"):
+        got.model(100)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max_steps", "0"], "max_steps: wanted above 0, got 0"),
+        (["--num_train_epochs", "-1"], "num_train_epochs: wanted above 0, got -1.0"),
+        (["--num_train_epochs", "inf"], "num_train_epochs: wanted above 0, got inf"),
+        (["--num_train_epochs", "nan"], "num_train_epochs: wanted above 0, got nan"),
+        (["--logging_steps", "0"], "logging_steps: wanted at least 1, got 0"),
+        (["--seed", "-1"], "seed: wanted at least 0, got -1"),
+        (["--warmup_steps", "-5"], "warmup_steps: wanted at least 0, got -5"),
+        (["--learning_rate", "-1"], "must not be negative"),
+    ],
+)
+def test_each_mistake_in_the_flags_is_named(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(parse_args(flags))
+
+
+@pytest.mark.parametrize(
+    "flags", [["--max_stepz", "5"], ["--precision", "int8"], ["--tracker", "x"], ["stray"]]
+)
+def test_a_wrong_flag_is_one_line(flags: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"see pretrain/run\.py --help$"):
+        parse_args(flags)
+
+
+@pytest.mark.parametrize(
+    ("keys", "world_size", "sizes"),
+    [
+        ({"total": 64, "micro": 8, "steps": 4}, 2, (64, 8, 4)),
+        ({"total": 64, "micro": 8}, 2, (64, 8, 4)),
+        ({"total": 64, "steps": 4}, 2, (64, 8, 4)),
+        ({"micro": 8, "steps": 4}, 2, (64, 8, 4)),
+        ({"total": 64}, 2, (64, 32, 1)),
+        ({"micro": 8}, 2, (16, 8, 1)),
+        ({"total": 1}, 1, (1, 1, 1)),
+    ],
+)
+def test_two_batch_keys_fix_the_third(
+    keys: dict[str, int], world_size: int, sizes: tuple[int, int, int]
+) -> None:
+    assert dataclasses.astuple(batch_sizes(batch_keys(keys), world_size)) == sizes
+
+
+def batch_keys(short: dict[str, Any]) -> dict[str, Any]:
+    names = {
+        "total": "train_batch_size",
+        "micro": "train_micro_batch_size_per_gpu",
+        "steps": "gradient_accumulation_steps",
+    }
+    return {names[name]: value for name, value in short.items()}
+
+
+@pytest.mark.parametrize(
+    ("keys", "world_size", "message"),
+    [
+        ({}, 1, "give train_batch_size and train_micro_batch_size_per_gpu"),
+        ({"steps": 2}, 1, "give train_batch_size and train_micro_batch_size_per_gpu"),
+        ({"micro": 0}, 1, "wanted whole numbers above 0, got 0"),
+        ({"total": "auto", "micro": 2}, 1, "wanted whole numbers above 0, got 'auto'"),
+        ({"total": 64.0, "micro": 2}, 1, "wanted whole numbers above 0, got 64.0"),
+        ({"total": 64, "micro": True}, 1, "wanted whole numbers above 0, got True"),
+        (
+            {"total": 64, "micro": 12},
+            2,
+            "train_batch_size 64 is not micro-batch 12 x accumulation 2 x 2 processes; choose a "
+            "train_micro_batch_size_per_gpu that divides 32",
+        ),
+        ({"total": 64, "micro": 128}, 1, "that divides 64"),
+        ({"total": 64, "micro": 8, "steps": 3}, 2, "accumulation 3 x 2 processes"),
+        ({"total": 64, "micro": 8}, 3, "choose a train_batch_size that is a multiple of 3"),
+        ({"total": 1}, 2, "choose a train_batch_size that is a multiple of 2"),
+        ({"total": 8, "steps": 16}, 1, "train_batch_size 8 is not micro-batch 1 x accumulation 16"),
+    ],
+)
+def test_batch_sizes_that_do_not_multiply_are_refused(
+    keys: dict[str, Any], world_size: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        batch_sizes(batch_keys(keys), world_size)
+
+
+@pytest.mark.parametrize(
+    ("limits", "steps"),
+    [
+        ({"max_steps": 7}, 7),
+        ({"num_train_epochs": 2.0}, 21),  # 200 rows in batches of 10, and one that straddles
+        ({"num_train_epochs": 0.01}, 1),
+        ({"max_steps": 7, "num_train_epochs": 1e5}, 7),
+        ({"max_steps": 1000, "num_train_epochs": 2.0}, 21),
+        ({"num_train_epochs": 1e5}, 1_010_000),
+    ],
+)
+def test_the_earlier_limit_ends_the_run(limits: dict[str, Any], steps: int) -> None:
+    assert total_steps(RunConfig(**limits), num_rows=101, global_samples=10) == steps
+
+
+def test_no_limit_at_all_is_a_question() -> None:
+    with pytest.raises(ConfigError, match=r"how long\? give --max_steps or --num_train_epochs"):
+        total_steps(RunConfig(), num_rows=100, global_samples=10)
+
+
+def test_paddlenlp_s_minus_one_is_no_limit() -> None:
+    assert parse_args(["--max_steps", "-1"]).max_steps is None
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_resolves_and_runs_again_from_its_resolved_json(
+    repository: Path, tmp_path: Path, name: str
+) -> None:
+    config = recipe(repository, name)
+    model = config.model(30522)
+    for world_size in (1, 2) if name == "bert_tiny_cpu" else (1, 2, 8):
+        assert batch_sizes(config.deepspeed, world_size).accumulation_steps >= 1
+    assert total_steps(config.bert.run, 10**6, 32) == config.bert.run.max_steps
+    again = resolved(tmp_path, resolved_json(config, model))
+    assert again.model(30522) == model
+    assert again.optimizer == config.optimizer
+    assert again.deepspeed == config.deepspeed
+    assert resolved_json(again, model) == resolved_json(config, model)
+
+
+def test_all_recipes_are_listed(repository: Path) -> None:
+    assert sorted(path.stem for path in (repository / "ds_configs").glob("*.json")) == RECIPES
+
+
+@pytest.mark.parametrize(
+    ("phase", "lr", "total", "micro", "accumulation", "steps", "warmup"),
+    [
+        # Source: NVIDIA DeepLearningExamples, PyTorch BERT, scripts/run_pretraining.sh: 8192
+        # sequences a GPU in 128 steps and 4096 in 512, on eight of them.
+        (1, 6e-3, 65536, 64, 128, 7038, 2001),
+        (2, 4e-3, 32768, 8, 512, 1563, 200),
+    ],
+)
+def test_nvidia_s_recipe_in_numbers(
+    repository: Path,
+    phase: int,
+    lr: float,
+    total: int,
+    micro: int,
+    accumulation: int,
+    steps: int,
+    warmup: int,
+) -> None:
+    config = recipe(repository, f"bert_large_phase{phase}")
+    assert batch_sizes(config.deepspeed, 8) == BatchSizes(
+        global_samples=total, micro_samples=micro, accumulation_steps=accumulation
+    )
+    assert config.optimizer.type == "Lamb"
+    assert config.optimizer.params == LambParams(
+        lr=lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01
+    )
+    assert config.deepspeed["gradient_clipping"] == 1.0
+    assert config.deepspeed["fp16"] == {"enabled": True, "initial_scale_power": 20}
+    assert config.bert.run.max_steps == steps
+    assert (config.bert.schedule.name, config.bert.schedule.degree) == ("nvidia_polynomial", 0.5)
+    assert warmup_steps(config.bert.schedule, steps) == warmup
+    model = config.model(30522)
+    assert (model.num_hidden_layers, model.hidden_size) == (24, 1024)
+
+
+def identity_of(
+    config: PretrainConfig, world_size: int = 1, steps: int = 50, rows: int = 10
+) -> dict[str, Any]:
+    """As it is read back from a saved state."""
+    flat = identity(
+        resolved_json(config, config.model(100)),
+        steps=steps,
+        sizes=batch_sizes(config.deepspeed, world_size),
+        data={"rows": rows, "vocab_sha256": "ab"},
+    )
+    return dict(json.loads(json.dumps(flat)))
+
+
+BASE: dict[str, Any] = {
+    "train_batch_size": 32,
+    "train_micro_batch_size_per_gpu": 4,
+    "zero_optimization": {"stage": 1},
+    "optimizer": {"type": "Lamb", "params": {"lr": 1e-3, "betas": [0.9, 0.99]}},
+    "bert": {"model": {"size": "tiny"}, "run": {"max_steps": 50}},
+}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--logging_steps 3 --save_steps 4 --eval_steps 5 --eval_rows 6",
+        "--tracker wandb",
+        "--input_dir elsewhere --eval_dir there --vocab_file v.txt",
+        "--max_steps 50 --num_train_epochs 1e5",
+    ],
+)
+def test_a_resumed_run_may_change_this(tmp_path: Path, flags: str) -> None:
+    before = identity_of(resolved(tmp_path, BASE))
+    check_same_run(before, identity_of(resolved(tmp_path, BASE, *flags.split())), "state_3")
+
+
+def test_a_resumed_run_may_change_processes_and_zero_stage(tmp_path: Path) -> None:
+    before = identity_of(resolved(tmp_path, BASE))
+    other = {**BASE, "zero_optimization": {"stage": 2}, "wall_clock_breakdown": True}
+    check_same_run(before, identity_of(resolved(tmp_path, other), world_size=4), "state_3")
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "message"),
+    [
+        ({}, "--learning_rate 2e-3", "optimizer.params.lr was 0.001, is 0.002"),
+        ({}, "--seed 7", "bert.run.seed was 42, is 7"),
+        ({}, "--warmup_steps 7", "bert.schedule.warmup_steps was None, is 7"),
+        ({}, "--batch_size 8", "train_batch_size was 32, is 8; train_micro_batch_size_per_gpu"),
+        ({}, "--precision bf16", "bf16.enabled was None, is True"),
+        ({"gradient_clipping": 0.5}, "", "gradient_clipping was None, is 0.5"),
+        ({"bert": {"model": {"size": "mini"}}}, "", "bert.model.hidden_size was 128, is 256"),
+        (
+            {"optimizer": {"type": "Lamb", "params": {"lr": 1e-3, "betas": [0.9, 0.98]}}},
+            "",
+            r"optimizer.params.betas was \[0.9, 0.99\], is \[0.9, 0.98\]",
+        ),
+    ],
+)
+def test_a_resumed_run_must_agree_in_this(
+    tmp_path: Path, changes: dict[str, Any], flags: str, message: str
+) -> None:
+    before = identity_of(resolved(tmp_path, BASE))
+    now = identity_of(resolved(tmp_path, {**BASE, **changes}, *flags.split()))
+    with pytest.raises(ConfigError, match=f"state_3 is of a run with other settings: .*{message}"):
+        check_same_run(before, now, "state_3")
+
+
+def test_another_length_or_other_data_is_another_run(tmp_path: Path) -> None:
+    config = resolved(tmp_path, BASE)
+    with pytest.raises(ConfigError, match="total_steps was 50, is 60"):
+        check_same_run(identity_of(config), identity_of(config, steps=60), "s")
+    with pytest.raises(ConfigError, match=r"data\.rows was 10, is 11"):
+        check_same_run(identity_of(config), identity_of(config, rows=11), "s")
