@@ -237,11 +237,11 @@ def _output_folder(run: Experiment, args: argparse.Namespace) -> Path | None:
     path = run.folder.path
     found: Path | None = None
     if distributed.is_main():
+        run_state.claim(path)
         if args.resume == "never" and (aside := run_state.set_aside(path)):
             _say(f"the earlier run is kept in {aside}")
+            run_state.claim(path)
         found = run_state.find_state(path, args.resume)
-        with manifest.writing(path):
-            path.mkdir(parents=True, exist_ok=True)
         if found is not None:
             run_state.check_resumable(found, run.folder)
         manifest.write_json(path / "config.json", run.folder.resolved)

@@ -4,6 +4,8 @@ A folder is complete or absent; `latest` moves last.
 """
 
 import dataclasses
+import fcntl
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -193,6 +195,25 @@ def restore(engine: Engine, folder: Path) -> TrainState:
     return TrainState(
         **{field.name: client_state[field.name] for field in dataclasses.fields(TrainState)}
     )
+
+
+def claim(path: Path) -> None:
+    """Make a run's folder, and keep other runs out of it for as long as this process lives.
+
+    Raises:
+        ConfigError: another run is writing into the folder.
+        DataError: the folder can't be made.
+    """
+    with manifest.writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDONLY)  # stays open: its end is the end of the claim
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ConfigError(
+            f"another run is writing into {path}; wait for its end or choose another --output_dir"
+        ) from error
 
 
 def set_aside(path: Path) -> Path | None:

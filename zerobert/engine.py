@@ -1,5 +1,8 @@
 """DeepSpeed behind one small class: what it gets wrong silently is refused here by name, what it
 names differently at each stage and precision has one name here.
+
+What was run so far: gloo on CPU, fp32 and bf16. CUDA, nccl and fp16 are written after DeepSpeed's
+source and have not run on a device yet.
 """
 
 import os

@@ -266,8 +266,11 @@ def long_run(data: Path, tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_leaves_nothing_behind(
-    long_run: "subprocess.Popen[str]", tmp_path: Path, number: signal.Signals, code: int
+    long_run: "subprocess.Popen[str]", data: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
+    second = _run(_command(data, tmp_path / "long"))
+    assert second.returncode == 2
+    assert "another run is writing into" in second.stderr
     long_run.send_signal(number)
     _, stderr = long_run.communicate(timeout=TIMEOUT_S)
     assert long_run.returncode == code, stderr
