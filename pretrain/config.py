@@ -18,7 +18,16 @@ from zerobert.schedule import ScheduleConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PADDLE_JSON = REPOSITORY / "ds_configs" / "paddle_base.json"
+_NO_LIMIT = -1  # PaddleNLP's way to say that epochs alone end the run
 PRECISION_SECTIONS = ("fp16", "bf16", "torch_autocast", "data_types")
+_WEIGHT_SHAPES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+)
 # Names that stand for an architecture with random weights, as they do for PaddleNLP's users.
 KNOWN_NAMES: dict[str, dict[str, Any]] = {
     "bert-base-uncased": {"size": "base"},
@@ -49,6 +58,7 @@ class RunConfig:
 
     Attributes:
         max_steps, num_train_epochs: where both are given, the earlier ends the run.
+        init_from: a model folder, or the hub's name of one, whose weights the run starts from.
         eval_steps: 0 evaluates at the end only.
         eval_rows: held-out rows of an evaluation on the way, 0 for all; the last one uses all.
         keep_states: training states that are kept, counted from the newest; models are all kept.
@@ -56,6 +66,7 @@ class RunConfig:
 
     max_steps: int | None = None
     num_train_epochs: float | None = None
+    init_from: str | None = None
     seed: int = 42
     logging_steps: int = 10
     save_steps: int = 1000
@@ -119,12 +130,7 @@ class PretrainConfig:
             ConfigError: the JSON or the initial weights ask for another size.
         """
         if self.init_from is not None:
-            if self.init_from.config.vocab_size != vocab_size:
-                raise ConfigError(
-                    f"{self.init_from.path} was made for {self.init_from.config.vocab_size} words, "
-                    f"the shards' vocabulary has {vocab_size}: use shards made with its vocab.txt"
-                )
-            return self.init_from.config
+            return self._continued(self.init_from, vocab_size)
         asked = self.bert.model.get("vocab_size", vocab_size)
         if asked != vocab_size:
             raise ConfigError(
@@ -132,6 +138,29 @@ class PretrainConfig:
                 "remove vocab_size: it comes from the vocabulary"
             )
         return BertConfig.from_size({**self.bert.model, "vocab_size": vocab_size}, "bert.model")
+
+    def _continued(self, source: ModelFolder, vocab_size: int) -> BertConfig:
+        """The architecture of the initial weights, with what the JSON may change in it."""
+        if source.config.vocab_size != vocab_size:
+            raise ConfigError(
+                f"{source.path} was made for {source.config.vocab_size} words, the shards' "
+                f"vocabulary has {vocab_size}: use shards made with its vocab.txt"
+            )
+        if not self.bert.model:
+            return source.config
+        asked = BertConfig.from_size({**self.bert.model, "vocab_size": vocab_size}, "bert.model")
+        free = {name for name in self.bert.model if "dropout" in name}
+        changed = [
+            f"{field.name} {getattr(asked, field.name)} (the weights: {kept})"
+            for field in dataclasses.fields(BertConfig)
+            if field.name in _WEIGHT_SHAPES
+            and getattr(asked, field.name) != (kept := getattr(source.config, field.name))
+        ]
+        if changed:
+            raise ConfigError(
+                f"bert.model asks for {', '.join(changed)}; {source.path} can't start such a model"
+            )
+        return dataclasses.replace(source.config, **{name: getattr(asked, name) for name in free})
 
 
 def resolve(args: argparse.Namespace) -> PretrainConfig:
@@ -146,20 +175,26 @@ def resolve(args: argparse.Namespace) -> PretrainConfig:
     section = raw.pop("bert", {})
     check_keys(raw, engine.TOP_LEVEL_KEYS, str(path))
     bert = _override(from_dict(BertSection, section, f"{path}: bert"), args)
+    bert = _named_model(bert, args.model_name_or_path)
+    if bert.run.init_from is not None and args.deepspeed_config is None:
+        bert = dataclasses.replace(bert, model={})  # nobody asked for the default JSON's size
     ds = _override_deepspeed(raw, args)
     engine.check_served(ds)
-    init_from, bert = _starting_point(bert, args)
+    source = bert.run.init_from
     return PretrainConfig(
         name=path.stem,
         deepspeed=ds,
         bert=bert,
         optimizer=optimizer_config(ds.get("optimizer", {"type": "AdamW"}), f"{path}: optimizer"),
-        init_from=init_from,
+        init_from=open_model(source) if source is not None else None,
     )
 
 
 def _override(bert: BertSection, args: argparse.Namespace) -> BertSection:
     """Flags over the sections of the same field names."""
+    if args.max_steps == _NO_LIMIT:
+        args = argparse.Namespace(**{**vars(args), "max_steps": None})
+        bert = dataclasses.replace(bert, run=dataclasses.replace(bert.run, max_steps=None))
 
     def given(section: Any) -> Any:
         names = {field.name for field in dataclasses.fields(section)}
@@ -199,23 +234,24 @@ def _override_deepspeed(raw: Mapping[str, Any], args: argparse.Namespace) -> dic
     return ds
 
 
-def _starting_point(
-    bert: BertSection, args: argparse.Namespace
-) -> tuple[ModelFolder | None, BertSection]:
-    """Which weights the run starts from; a known model name only sets the architecture."""
-    if args.init_from is not None:
-        return open_model(args.init_from), bert
-    name = args.model_name_or_path
+def _named_model(bert: BertSection, name: str | None) -> BertSection:
+    """PaddleNLP's `--model_name_or_path`: a name is an architecture, a folder its weights too.
+
+    Raises:
+        ConfigError: neither.
+    """
     if name is None:
-        return None, bert
-    if name in KNOWN_NAMES and not Path(name).is_dir():
-        return None, dataclasses.replace(bert, model={**bert.model, **KNOWN_NAMES[name]})
-    if not Path(name).is_dir():
-        raise ConfigError(
-            f"--model_name_or_path: {name!r} is neither a folder nor one of "
-            f"{', '.join(KNOWN_NAMES)}; to start from a hub model's weights use --init_from"
+        return bert
+    if Path(name).is_dir():
+        return dataclasses.replace(
+            bert, model={}, run=dataclasses.replace(bert.run, init_from=name)
         )
-    return open_model(name), bert
+    if name in KNOWN_NAMES:
+        return dataclasses.replace(bert, model=KNOWN_NAMES[name])
+    raise ConfigError(
+        f"--model_name_or_path: {name!r} is neither a folder nor one of {', '.join(KNOWN_NAMES)}; "
+        "to start from a hub model's weights use --init_from"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

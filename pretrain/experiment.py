@@ -244,6 +244,7 @@ def _output_folder(run: Experiment, args: argparse.Namespace) -> Path | None:
         found = run_state.find_state(path, args.resume)
         if found is not None:
             run_state.check_resumable(found, run.folder)
+            run_state.supersede(path, found)
         manifest.write_json(path / "config.json", run.folder.resolved)
         write_status(path, "running", None)
     return found

@@ -109,7 +109,7 @@ def split_ranks(argv: Sequence[str]) -> tuple[list[str], int | None]:
     """Take `--n_gpu N` out of the flags.
 
     Raises:
-        ConfigError: N is not a whole number above 0 (0 stands for the CPU: one process).
+        ConfigError: N is not a whole number; 0 stands for one process on the CPU.
     """
     rest, ranks = [], None
     flags = iter(argv)
@@ -121,13 +121,15 @@ def split_ranks(argv: Sequence[str]) -> tuple[list[str], int | None]:
         text = value or next(flags, "")
         if not text.isdigit():
             raise ConfigError(f"--n_gpu: wanted a whole number, got {text!r}")
-        ranks = max(1, int(text))
+        ranks = int(text)
     return rest, ranks
 
 
 def main() -> int:
     """Launch with the flags of this command line."""
     argv, ranks = split_ranks(sys.argv[1:])
+    if ranks == 0:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if {"-h", "--help"} & set(argv):
         return subprocess.call([sys.executable, str(_SCRIPT), "--help"])
     return launch(argv, ranks or default_ranks())

@@ -115,6 +115,7 @@ def train(
                 print_evaluation(state.step, metrics)
                 tracker.log(state.step, metrics)
         if state.step % cfg.save_steps == 0 or is_last or exit_code:
+            check_finite(engine, window, state.step)
             run_state.save(engine, state, run)
             saved_step = state.step
         window.started_s += time.perf_counter() - pause_s
@@ -205,10 +206,23 @@ def log(
             flush=True,
         )
         tracker.log(state.step, metrics)
-    if not math.isfinite(mlm_loss + nsp_loss):
+    check_finite(engine, window, state.step)
+
+
+def check_finite(engine: Engine, window: Window, step: int) -> None:
+    """Stop before weights that are no numbers are saved; collective.
+
+    Raises:
+        TrainingDivergedError: the loss or, where no loss scale makes that usual, the gradient norm.
+    """
+    here = float(window.mlm_loss_sum) + float(window.nsp_loss_sum)
+    norm = engine.grad_norm if engine.loss_scale == 1 else 0.0
+    (total,) = distributed.all_reduce_sum([here + norm])
+    if not math.isfinite(total):
         raise TrainingDivergedError(
-            f"the loss is {mlm_loss + nsp_loss} at step {state.step}; the newest complete state is "
-            f"kept: lower the learning rate or lengthen the warm-up, and start from it"
+            f"the loss or its gradient is no finite number at step {step}; the states saved before "
+            "are kept: lower the learning rate or lengthen the warm-up, and go on from one with "
+            "--resume, in another --output_dir"
         )
 
 

@@ -41,7 +41,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     add("--vocab_file", metavar="FILE", help="for shards with no vocab.txt beside them")
     add("--output_dir", metavar="DIR", help="default: runs/<the JSON's name>")
-    add("--max_steps", type=_limit, metavar="N", help="optimizer steps")
+    add("--max_steps", type=int, metavar="N", help="optimizer steps; -1: no limit")
     add("--num_train_epochs", type=float, metavar="X", help="the earlier of both ends the run")
     add("--resume", default="auto", metavar="auto|never|DIR", help="default: auto")
     add("--init_from", metavar="MODEL", help="start from a model folder's weights")
@@ -67,11 +67,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--n_gpu", type=int, metavar="N", help="more than 1 starts the launcher; 0 is the CPU")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
-
-
-def _limit(text: str) -> int | None:
-    """A number of steps; PaddleNLP's default of -1 means no limit."""
-    return None if text == "-1" else int(text)
 
 
 def main() -> int:

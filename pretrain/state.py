@@ -214,6 +214,16 @@ def claim(path: Path) -> None:
         raise ConfigError(
             f"another run is writing into {path}; wait for its end or choose another --output_dir"
         ) from error
+    for leftover in path.glob(manifest.staging_path(Path("*")).name):  # of a run that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def supersede(path: Path, resumed: Path) -> None:
+    """Rename the states beyond the one that a run goes on from: they are not its own."""
+    for folder in _states(path):
+        if saved_step(folder) > saved_step(resumed):
+            with manifest.writing(folder):
+                folder.rename(folder.with_name(f"superseded-{folder.name}"))
 
 
 def set_aside(path: Path) -> Path | None:
@@ -222,7 +232,7 @@ def set_aside(path: Path) -> Path | None:
     Returns:
         Where it went; None where there was no run.
     """
-    if not _states(path):
+    if not _states(path) and not list(path.glob(f"model_*/{manifest.MANIFEST_NAME}")):
         return None
     number = 1
     while (aside := path.with_name(f"{path.name}.old-{number}")).exists():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import PickleError
@@ -250,6 +251,8 @@ def write_model_files(
         except SafetensorError as error:
             raise OSError(str(error)) from error
         tokenizer.save(folder, model_max_length=config.max_position_embeddings)
+        # safetensors makes a file that its owner alone may read.
+        shutil.copymode(folder / "vocab.txt", folder / WEIGHTS_NAME)
     manifest.write_json(folder / "config.json", raw)
     manifest.write_text(folder / "README.md", card)
 

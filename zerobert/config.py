@@ -189,7 +189,7 @@ class BertConfig:
         """
         overrides = dict(mapping)
         size = overrides.pop("size", "base")
-        if size not in SIZES:
+        if not isinstance(size, str) or size not in SIZES:
             raise ConfigError(f"{where}.size: wanted one of {', '.join(SIZES)}, got {size!r}")
         check_keys(overrides, ["size", *typing.get_type_hints(cls)], where)
         return from_dict(cls, {**SIZES[size], **overrides}, where)

@@ -23,7 +23,18 @@ from zerobert.errors import CheckpointError, ConfigError
 from zerobert.manifest import writing
 from zerobert.optim import Lamb
 
-# Every top-level key that DeepSpeed reads. It accepts others in silence, misspelt ones too.
+_SECTIONS = (
+    "fp16",
+    "bf16",
+    "torch_autocast",
+    "zero_optimization",
+    "data_types",
+    "checkpoint",
+    "optimizer",
+)
+_BFLOAT16_NAMES = ("bfloat16", "bf16", "torch.bfloat16")
+
+# DeepSpeed's top-level keys for training. It accepts others in silence, misspelt ones too.
 TOP_LEVEL_KEYS = frozenset(
     (
         "activation_checkpointing",
@@ -113,6 +124,7 @@ def check_served(ds_config: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: names the setting and what to choose instead.
     """
+    _check_types(ds_config)
     zero = ds_config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     low = precision(ds_config)
@@ -129,15 +141,11 @@ def check_served(ds_config: Mapping[str, Any]) -> None:
             "bf16 at ZeRO stage 0 takes a hidden optimizer step at the start in this DeepSpeed; "
             "set zero_optimization.stage to 1 (it costs nothing on one device)"
         )
-    if (
-        autocast.get("enabled", False)
-        and "16" in str(autocast.get("dtype", ""))
-        and "b" not in str(autocast.get("dtype", ""))
-    ):
+    if autocast.get("enabled", False) and autocast.get("dtype") not in _BFLOAT16_NAMES:
         # With gradient clipping at stage >= 1 the gradients are clipped while still scaled.
         raise ConfigError(
-            "torch_autocast in float16 clips scaled gradients in this DeepSpeed; "
-            "use the fp16 section, or torch_autocast with bfloat16"
+            "torch_autocast in float16 (its default) clips scaled gradients in this DeepSpeed; "
+            'use the fp16 section, or torch_autocast with "dtype": "bfloat16"'
         )
     if zero.get("round_robin_gradients", False):
         raise ConfigError(
@@ -156,6 +164,19 @@ def check_served(ds_config: Mapping[str, Any]) -> None:
         )
     if ds_config.get("checkpoint", {}).get("load_universal", False):
         raise ConfigError("checkpoint.load_universal is not served yet; remove it")
+
+
+def _check_types(ds_config: Mapping[str, Any]) -> None:
+    """DeepSpeed would meet a section of the wrong type with a traceback, and "False" is true."""
+    for name in _SECTIONS:
+        section = ds_config.get(name, {})
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"{name}: wanted an object {{...}}, got {section!r}")
+        if not isinstance(section.get("enabled", False), bool):
+            raise ConfigError(f"{name}.enabled: wanted true or false, got {section['enabled']!r}")
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    if type(stage) is not int:
+        raise ConfigError(f"zero_optimization.stage: wanted a number, got {stage!r}")
 
 
 def check_device(ds_config: Mapping[str, Any]) -> None:

@@ -143,6 +143,11 @@ def test_a_folder_has_these_files_and_a_manifest_that_holds(tmp_path: Path) -> N
     assert settings["model_max_length"] == CONFIG.max_position_embeddings
 
 
+def test_whoever_may_read_one_file_may_read_all(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model")
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
 def test_weights_read_back_are_those_written(tmp_path: Path) -> None:
     ours = make_model()
     opened = open_model(str(save(tmp_path / "model", ours)))

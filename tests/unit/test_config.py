@@ -182,6 +182,7 @@ def test_a_size_is_overridden_key_by_key() -> None:
     ("mapping", "message"),
     [
         ({"size": "huge"}, "m.size: wanted one of tiny, .*, got 'huge'"),
+        ({"size": ["tiny"]}, r"m.size: wanted one of tiny, .*, got \['tiny'\]"),
         ({"size": "tiny", "hidden": 3}, "m: unknown key 'hidden'.*; known keys: .*size"),
         ({"hidden_size": 770}, "m: hidden_size 770 can't be divided among 12 attention heads"),
         ({"num_attention_heads": 0}, "m: num_attention_heads: wanted at least 1, got 0"),

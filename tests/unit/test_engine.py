@@ -112,3 +112,19 @@ def test_the_recipes_have_known_keys_only(repository: Path) -> None:
         raw = load_json(path)
         assert set(raw) - {"bert"} <= engine.TOP_LEVEL_KEYS, path.name
         engine.check_served({key: value for key, value in raw.items() if key != "bert"})
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"fp16": True}, "fp16: wanted an object"),
+        ({"zero_optimization": 1}, "zero_optimization: wanted an object"),
+        ({"bf16": {"enabled": "False"}}, "bf16.enabled: wanted true or false, got 'False'"),
+        ({"zero_optimization": {"stage": "1"}}, "stage: wanted a number, got '1'"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast in float16"),
+        ({"torch_autocast": {"enabled": True, "dtype": "half"}}, "torch_autocast in float16"),
+    ],
+)
+def test_a_section_of_the_wrong_kind_is_named(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        engine.check_served(config)

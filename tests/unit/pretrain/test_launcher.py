@@ -114,7 +114,7 @@ def is_alive(pid: int) -> bool:
         ([], [], None),
         (["--n_gpu", "2", "--seed", "3"], ["--seed", "3"], 2),
         (["--seed=3", "--n_gpu=4"], ["--seed=3"], 4),
-        (["--n_gpu", "0"], [], 1),
+        (["--n_gpu", "0"], [], 0),
         (["--max_steps", "5"], ["--max_steps", "5"], None),
     ],
 )

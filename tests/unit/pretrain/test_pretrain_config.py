@@ -317,7 +317,22 @@ def test_no_limit_at_all_is_a_question() -> None:
 
 
 def test_paddlenlp_s_minus_one_is_no_limit() -> None:
-    assert parse_args(["--max_steps", "-1"]).max_steps is None
+    got = resolve(parse_args(["--max_steps", "-1", "--num_train_epochs", "2"]))
+    assert (got.bert.run.max_steps, got.bert.run.num_train_epochs) == (None, 2.0)
+
+
+def test_initial_weights_keep_their_architecture(tmp_path: Path) -> None:
+    config = make_model_folder(tmp_path / "model")
+
+    def model(section: dict[str, Any]) -> BertConfig:
+        flags = ["--init_from", str(tmp_path / "model")]
+        return resolved(tmp_path, {"bert": {"model": section}}, *flags).model(7)
+
+    assert model({}) == config
+    changed = model({"size": "tiny", "hidden_dropout_prob": 0.2})
+    assert changed == dataclasses.replace(config, hidden_dropout_prob=0.2)
+    with pytest.raises(ConfigError, match="asks for hidden_size 768"):
+        model({"size": "base"})
 
 
 @pytest.mark.parametrize("name", RECIPES)

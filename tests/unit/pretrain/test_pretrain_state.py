@@ -224,3 +224,20 @@ def test_where_there_was_no_run_nothing_is_set_aside(tmp_path: Path) -> None:
     (tmp_path / "run" / "notes.txt").touch()
     assert set_aside(tmp_path / "run") is None
     assert folders(tmp_path) == ["run"]
+
+
+def test_a_folder_in_use_is_refused_and_leftovers_go(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / ".incomplete-state_5").mkdir(parents=True)
+    run_state.claim(run)
+    assert list(run.iterdir()) == []
+    with pytest.raises(ConfigError, match="another run is writing into"):
+        run_state.claim(run)
+
+
+def test_states_beyond_the_resumed_one_are_renamed(tmp_path: Path) -> None:
+    save_steps(tmp_path, 3, 6, 9)
+    run_state.supersede(tmp_path, tmp_path / "state_3")
+    names = sorted(path.name for path in tmp_path.glob("*state_*"))
+    assert names == ["state_3", "superseded-state_6", "superseded-state_9"]
+    assert find_state(tmp_path, "auto") == tmp_path / "state_3"
