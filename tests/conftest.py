@@ -1,9 +1,13 @@
 """Settings that every test shares."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
+
+# A shell's background job ignores Ctrl-C, and so would every process that a test starts from there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

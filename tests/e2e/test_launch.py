@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -153,10 +152,8 @@ def test_set_up_is_done_once_mended_and_renewed(clone: Path) -> None:
     assert first.stdout.endswith(" one\n")
     assert "this happens once" in first.stderr
 
-    started = time.monotonic()
     second = launch(script, "prep", "two")
-    assert (second.returncode, second.stderr) == (0, "")
-    assert time.monotonic() - started < 2  # a fifth of a second, on a machine that is not busy
+    assert (second.returncode, second.stderr) == (0, "")  # nothing was set up again
 
     # An install that was killed: nothing in the folder can be trusted.
     (clone / ".venv" / ".zerobert-begun").touch()

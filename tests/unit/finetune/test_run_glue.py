@@ -271,7 +271,7 @@ def test_own_regression(pretrained: Path, monkeypatch) -> None:
         (["--task_name", "sst2", "--max_seq_length", "65"], ConfigError, "made for at most 64"),
         (["--task_name", "sst2", "--model_type", "gpt"], ConfigError, "invalid choice: 'gpt'"),
         (["--task_name", "sst2", "--epochs", "3"], ConfigError, "unrecognized arguments: --epochs"),
-        ([], ConfigError, "required: --task_name; see python finetune/run_glue.py --help"),
+        ([], ConfigError, "required: --task_name; see finetune/run_glue.py --help"),
         (["--task_name", "custom"], ConfigError, "also give --train_file, --dev_file, --text_col"),
         (
             ["--task_name", "sst2", "--output_dir", "runs/tiny/model_7"],
