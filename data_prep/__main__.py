@@ -241,6 +241,11 @@ def _run_text(arguments: argparse.Namespace) -> int:
 
 
 def _run_vocab(arguments: argparse.Namespace) -> int:
+    if arguments.input_dir.resolve() in arguments.output.resolve().parents:
+        raise ConfigError(
+            f"--output {arguments.output} lies inside --input_dir, where later commands would take "
+            "it for text; choose a path outside"
+        )
     _make_room(arguments.output)
     vocab = train_vocabulary(
         corpus.text_files(arguments.input_dir),

@@ -352,8 +352,10 @@ def identity(
     resolved: Mapping[str, Any], *, steps: int, sizes: BatchSizes, data: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What makes a run this run, as flat `section.key` -> value; a resumed run agrees in all."""
+    zero = resolved.get("zero_optimization", {})
     flat: dict[str, Any] = {
         "total_steps": steps,
+        "zero_optimization.stage above 0": zero.get("stage", 0) > 0,
         "train_batch_size": sizes.global_samples,
         "train_micro_batch_size_per_gpu": sizes.micro_samples,
     }

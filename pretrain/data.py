@@ -1,8 +1,9 @@
 """The order of samples as a pure function of (shards, seed, position), and batches cut from it.
 
-Sample number `i` of a run is row `i % rows` of epoch `i // rows`; an epoch visits every row once,
-shard by shard in an order drawn for that epoch, with the rows of each shard shuffled. No rank,
-worker or event has a say in it, so a run is resumed by knowing how many samples it has seen.
+Sample number `i` of a run is row `i % rows` of epoch `i // rows`. An epoch visits every row once,
+window by window: the shards, in an order drawn for that epoch, are taken together until they fill a
+window, and the rows of a window are shuffled. No rank, worker or event has a say in it, so a run is
+resumed by knowing how many samples it has seen.
 """
 
 import collections
@@ -19,80 +20,112 @@ import torch
 from torch import Tensor
 
 from zerobert.errors import ConfigError
-from zerobert.shards import DTYPES, ShardInfo, check_values, read_shard
+from zerobert.shards import ShardInfo, check_values, read_shard
 
 Arrays = dict[str, npt.NDArray[Any]]
 _PURPOSE_SHARDS, _PURPOSE_ROWS, _PURPOSE_DROPOUT = 1, 2, 3
-_CACHED_SHARDS = 2
+# Shards are shuffled together until their rows are this many: about 0.1 GB at length 128.
+_WINDOW_ROWS = 1 << 17
+
+Rows = npt.NDArray[np.int64]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleOrder:
-    """Which row of which shard each sample of a run is."""
+    """Which row each sample of a run is; rows are numbered over all shards, in the shards' order.
+
+    Attributes:
+        window_rows: shards are shuffled together until their rows reach this number.
+    """
 
     rows_of_shards: tuple[int, ...]
     seed: int
+    window_rows: int = _WINDOW_ROWS
 
     @property
     def num_rows(self) -> int:
         """Rows of an epoch."""
         return sum(self.rows_of_shards)
 
-    def locate(self, first: int, count: int) -> list[tuple[int, npt.NDArray[np.int64]]]:
-        """The samples `first` to `first + count` as runs of (shard number, its rows), in order."""
-        runs = []
+    def locate(self, first: int, count: int) -> Rows:
+        """The rows of the samples `first` to `first + count`, in order."""
+        parts = [np.empty(0, dtype=np.int64)]
         while count > 0:
             epoch, position = divmod(first, self.num_rows)
-            shard, row, left = self._seek(epoch, position)
-            taken = min(count, left)
-            runs.append((shard, self._rows(epoch, shard)[row : row + taken]))
-            first, count = first + taken, count - taken
-        return runs
+            ends = self._window_ends(epoch)
+            window = int(np.searchsorted(ends, position, side="right"))
+            rows = self._window(epoch, window)
+            start = position - (int(ends[window]) - len(rows))
+            parts.append(rows[start : start + count])
+            first, count = first + len(parts[-1]), count - len(parts[-1])
+        return np.concatenate(parts)
 
-    def _seek(self, epoch: int, position: int) -> tuple[int, int, int]:
-        """The shard at a position of an epoch, the position inside it, and what follows there."""
-        shards, ends = self._epoch(epoch)
-        index = int(np.searchsorted(ends, position, side="right"))
-        num_rows = self.rows_of_shards[shards[index]]
-        row = position - int(ends[index]) + num_rows
-        return int(shards[index]), row, num_rows - row
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019 - two epochs' worth; orders live as long as the run
-    def _epoch(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - an order lives as long as its run
+    def _windows(self, epoch: int) -> list[list[int]]:
+        """The shards of each window, in an order drawn for the epoch."""
         generator = np.random.default_rng([self.seed, _PURPOSE_SHARDS, epoch])
-        shards = generator.permutation(len(self.rows_of_shards))
-        return shards, np.cumsum(np.array(self.rows_of_shards)[shards])
+        windows: list[list[int]] = [[]]
+        filled = 0
+        for shard in generator.permutation(len(self.rows_of_shards)).tolist():
+            if filled >= self.window_rows:
+                windows.append([])
+                filled = 0
+            windows[-1].append(shard)
+            filled += self.rows_of_shards[shard]
+        return windows
 
-    @functools.lru_cache(maxsize=_CACHED_SHARDS)  # noqa: B019
-    def _rows(self, epoch: int, shard: int) -> npt.NDArray[np.int64]:
-        generator = np.random.default_rng([self.seed, _PURPOSE_ROWS, epoch, shard])
-        return generator.permutation(self.rows_of_shards[shard])
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def _window_ends(self, epoch: int) -> Rows:
+        sizes = [
+            sum(self.rows_of_shards[shard] for shard in shards) for shards in self._windows(epoch)
+        ]
+        return np.cumsum(np.array(sizes, dtype=np.int64))
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def _window(self, epoch: int, window: int) -> Rows:
+        """The rows of a window's shards, shuffled."""
+        starts = np.cumsum([0, *self.rows_of_shards])
+        shards = self._windows(epoch)[window]
+        rows = np.concatenate([np.arange(starts[k], starts[k + 1]) for k in shards])
+        generator = np.random.default_rng([self.seed, _PURPOSE_ROWS, epoch, window])
+        return generator.permutation(rows).astype(np.int64)
 
 
 class ShardReader:
-    """Rows of shards, with the last few shards kept decoded (and checked) in memory."""
+    """Rows by number; the shards of the last two windows stay decoded (and checked) in memory."""
 
     def __init__(self, shards: Sequence[ShardInfo], vocab_size: int) -> None:
         self._shards = shards
         self._vocab_size = vocab_size
+        self._starts = np.cumsum([0, *(shard.num_rows for shard in shards)])
+        largest = max(shard.num_rows for shard in shards)
+        self._capacity_rows = 2 * (_WINDOW_ROWS + largest)
         self._decoded: collections.OrderedDict[int, Arrays] = collections.OrderedDict()
 
-    def gather(self, runs: Sequence[tuple[int, npt.NDArray[np.int64]]]) -> Arrays:
-        """The rows of several runs, one after another.
+    def gather(self, rows: Rows) -> Arrays:
+        """The rows of these numbers, in this order.
 
         Raises:
             ShardFormatError: a shard can't be decoded or holds values out of range.
         """
-        parts = [
-            {name: array[rows] for name, array in self._shard(shard).items()}
-            for shard, rows in runs
-        ]
-        return {name: np.concatenate([part[name] for part in parts]) for name in DTYPES}
+        owners = np.searchsorted(self._starts, rows, side="right") - 1
+        gathered: Arrays = {}
+        for shard in np.unique(owners).tolist():
+            places = np.flatnonzero(owners == shard)
+            for name, array in self._shard(shard).items():
+                if name not in gathered:
+                    gathered[name] = np.empty((len(rows), *array.shape[1:]), array.dtype)
+                gathered[name][places] = array[rows[places] - self._starts[shard]]
+        return gathered
 
     def _shard(self, index: int) -> Arrays:
         if index not in self._decoded:
-            while len(self._decoded) >= _CACHED_SHARDS:
-                self._decoded.popitem(last=False)
+            kept = self._shards[index].num_rows + sum(
+                self._shards[other].num_rows for other in self._decoded
+            )
+            while self._decoded and kept > self._capacity_rows:
+                oldest, _ = self._decoded.popitem(last=False)
+                kept -= self._shards[oldest].num_rows
             path = self._shards[index].path
             arrays = read_shard(path)
             check_values(arrays, vocab_size=self._vocab_size, where=str(path))
@@ -198,18 +231,13 @@ def evaluation_batches(
     Args:
         num_rows: rows on all ranks together; 0 for all there are.
     """
-    order = SampleOrder(rows_of_shards=tuple(shard.num_rows for shard in shards), seed=0)
     reader = ShardReader(shards, vocab_size)
-    total = order.num_rows
+    total = sum(shard.num_rows for shard in shards)
     wanted = min(num_rows, total) if num_rows else total
     chosen = np.linspace(0, total, wanted, endpoint=False).astype(np.int64)
-    starts = np.cumsum([0, *order.rows_of_shards])
     for index, first in enumerate(range(0, wanted, batch_samples)):
         if index % world_size == rank:
-            rows = chosen[first : first + batch_samples]
-            owners = np.searchsorted(starts, rows, side="right") - 1
-            runs = [(int(k), rows[owners == k] - starts[k]) for k in np.unique(owners)]
-            yield to_tensors(reader.gather(runs))
+            yield to_tensors(reader.gather(chosen[first : first + batch_samples]))
 
 
 def fingerprint(shards: Sequence[ShardInfo]) -> dict[str, Any]:

@@ -26,9 +26,11 @@ from zerobert.model import BertForPreTraining, num_parameters, training_flops_pe
 from zerobert.optim import build_optimizer
 from zerobert.shards import ShardInfo, find_shards, shard_lower_case, shard_vocabulary
 from zerobert.tokenizer import WordPieceTokenizer
-from zerobert.tracking import open_tracker, write_status
+from zerobert.tracking import open_tracker, read_status, write_status
 
 init_distributed = engine.init_distributed
+# Without gradients several micro-batches fit where one did.
+_EVAL_MICRO_BATCHES = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,7 @@ def prepare(args: argparse.Namespace) -> Experiment:
         raise ConfigError(f"--eval_dir {eval_dir}: no HDF5 file with 'test' in its name there")
     _check_same_shape(training, held_out)
     engine.check_device(config.deepspeed)
-    tokenizer, inputs = _vocabulary(config, folders)
+    tokenizer, inputs = _vocabulary(config, folders, training)
     model = config.model(len(tokenizer.vocab))
     if model.max_position_embeddings < training[0].seq_length:
         raise ConfigError(
@@ -109,13 +111,16 @@ def prepare(args: argparse.Namespace) -> Experiment:
             f"max_position_embeddings {model.max_position_embeddings}; raise it, or make shorter "
             "shards"
         )
+    output_dir = Path(args.output_dir or Path("runs") / config.name)
+    if any(output_dir.resolve() == folder.resolve() for folder in folders):
+        raise ConfigError(f"--output_dir {output_dir} holds the shards; choose another folder")
     data = fingerprint(training)
     steps = pretrain_config.total_steps(config.bert.run, data["rows"], sizes.global_samples)
     resolved = pretrain_config.resolved_json(config, model)
     return Experiment(
         config=config,
         folder=RunFolder(
-            path=Path(args.output_dir or Path("runs") / config.name),
+            path=output_dir,
             model=model,
             tokenizer=tokenizer,
             resolved=resolved,
@@ -162,7 +167,7 @@ def _check_same_shape(training: list[ShardInfo], held_out: list[ShardInfo]) -> N
 
 
 def _vocabulary(
-    config: PretrainConfig, folders: list[Path]
+    config: PretrainConfig, folders: list[Path], training: list[ShardInfo]
 ) -> tuple[WordPieceTokenizer, dict[str, str]]:
     """The vocabulary of the shards, and the hashes of all that a run is made from."""
     beside = shard_vocabulary(folders)
@@ -180,10 +185,10 @@ def _vocabulary(
     if given and beside and manifest.sha256_file(beside) != manifest.sha256_file(given):
         raise ConfigError(f"--vocab_file {given} is not the vocabulary of the shards, {beside}")
     inputs = {"vocab.txt": tokenizer.sha256}
-    for folder in folders:
-        for path in sorted(folder.rglob(manifest.MANIFEST_NAME)):
-            if not manifest.is_staging(path):
-                inputs[str(path.relative_to(folder))] = manifest.sha256_file(path)
+    for folder in sorted({shard.path.parent for shard in training}):
+        if manifest.is_complete(folder):
+            path = folder / manifest.MANIFEST_NAME
+            inputs[str(path)] = manifest.sha256_file(path)
     return tokenizer, inputs
 
 
@@ -198,8 +203,8 @@ def train(run: Experiment, args: argparse.Namespace, stop: StopRequest) -> int:
     """
     with distributed.one_voice():
         resume_from = _output_folder(run, args)
-    resume_from = distributed.broadcast_object(resume_from)
-    if resume_from is not None and run_state.saved_step(resume_from) >= run.steps:
+    resume_from, is_complete = distributed.broadcast_object(resume_from)
+    if is_complete:
         _finish(run, 0, run.steps)
         return 0
     try:
@@ -207,7 +212,12 @@ def train(run: Experiment, args: argparse.Namespace, stop: StopRequest) -> int:
     except BaseException as error:
         if distributed.is_main():
             text = " ".join(str(error).split())
-            write_status(run.folder.path, "failed", exit_code(error), error=text)
+            write_status(
+                run.folder.path,
+                "preempted" if isinstance(error, KeyboardInterrupt) else "failed",
+                exit_code(error),
+                error=text or type(error).__name__,
+            )
         raise
 
 
@@ -232,10 +242,11 @@ def _train(
     return code
 
 
-def _output_folder(run: Experiment, args: argparse.Namespace) -> Path | None:
-    """Rank 0 makes the output folder and finds the state to resume from."""
+def _output_folder(run: Experiment, args: argparse.Namespace) -> tuple[Path | None, bool]:
+    """Rank 0 makes the folder; the state to resume from, and whether nothing is left to do."""
     path = run.folder.path
     found: Path | None = None
+    is_complete = False
     if distributed.is_main():
         run_state.claim(path)
         if args.resume == "never" and (aside := run_state.set_aside(path)):
@@ -245,9 +256,12 @@ def _output_folder(run: Experiment, args: argparse.Namespace) -> Path | None:
         if found is not None:
             run_state.check_resumable(found, run.folder)
             run_state.supersede(path, found)
-        manifest.write_json(path / "config.json", run.folder.resolved)
-        write_status(path, "running", None)
-    return found
+            is_last = run_state.saved_step(found) >= run.steps
+            is_complete = is_last and read_status(path) == "done"
+        if not is_complete:
+            manifest.write_json(path / "config.json", run.folder.resolved)
+            write_status(path, "running", None)
+    return found, is_complete
 
 
 def _engine_config(run: Experiment) -> dict[str, Any]:
@@ -344,7 +358,7 @@ def _held_out(run: Experiment, everything: bool) -> Iterator[dict[str, Tensor]]:
     return evaluation_batches(
         run.held_out,
         num_rows=0 if everything else run.config.bert.run.eval_rows,
-        batch_samples=run.sizes.micro_samples,
+        batch_samples=_EVAL_MICRO_BATCHES * run.sizes.micro_samples,
         vocab_size=run.folder.model.vocab_size,
         rank=distributed.rank(),
         world_size=distributed.world_size(),

@@ -35,12 +35,16 @@ def launch(argv: Sequence[str], num_ranks: int) -> int:
     Returns:
         The ranks' exit code.
     """
+    environment = dict(os.environ)
+    if not _has_cuda():
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns of finding nothing
     with tempfile.TemporaryDirectory(prefix="zerobert-") as folder:
-        environment = {**os.environ, RANK_FOLDER: folder}
+        environment[RANK_FOLDER] = folder
         cores = os.cpu_count() or 1
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_ranks)))
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks)]
-        command += ["--log_level", "warning", "--master_port", str(_free_port())]
+        # What it would say of a failing rank, the rank has said.
+        command += ["--log_level", "critical", "--master_port", str(_free_port())]
         command += [str(_SCRIPT), *argv]
         received: list[signal.Signals] = []
 
@@ -100,9 +104,15 @@ def _free_port() -> int:
 
 def default_ranks() -> int:
     """One rank for each CUDA device; one on a machine without."""
-    import torch  # seconds to import, and not needed where --n_gpu is given
+    import torch  # takes seconds: a wrong flag is told before
 
     return max(1, torch.cuda.device_count())
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def split_ranks(argv: Sequence[str]) -> tuple[list[str], int | None]:

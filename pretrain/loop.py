@@ -87,11 +87,13 @@ def train(
         TrainingDivergedError: the loss is not a finite number.
     """
     engine.train()
+    exit_code = agreed_exit_code(stop)
+    if exit_code:  # asked to end before there was anything to save
+        return exit_code
     window = Window()
     saved_step = state.step
     started_s = time.perf_counter() - state.elapsed_s
     batches = loader.steps(state.samples)
-    exit_code = 0
     while state.step < cfg.total_steps and not exit_code:
         waited_s = time.perf_counter()
         batch = next(batches)
@@ -109,18 +111,18 @@ def train(
             log(engine, window, state, lr, cfg, tracker)  # waits for the device
             window = Window()
         pause_s = time.perf_counter()
-        if held_out and (is_last or (cfg.eval_steps and state.step % cfg.eval_steps == 0)):
-            metrics = evaluate(engine, held_out(is_last))
-            if tracker is not None:
-                print_evaluation(state.step, metrics)
-                tracker.log(state.step, metrics)
         if state.step % cfg.save_steps == 0 or is_last or exit_code:
             check_finite(engine, window, state.step)
             run_state.save(engine, state, run)
             saved_step = state.step
+        is_review = cfg.eval_steps and state.step % cfg.eval_steps == 0
+        if held_out and is_review and not is_last and not exit_code:
+            exit_code = evaluate(engine, held_out(False), state.step, tracker, stop)
         window.started_s += time.perf_counter() - pause_s
     batches.close()  # type: ignore[attr-defined]
     assert saved_step == state.step
+    if held_out and not exit_code:
+        exit_code = evaluate(engine, held_out(True), state.step, tracker, stop)
     return exit_code
 
 
@@ -221,14 +223,31 @@ def check_finite(engine: Engine, window: Window, step: int) -> None:
     if not math.isfinite(total):
         raise TrainingDivergedError(
             f"the loss or its gradient is no finite number at step {step}; the states saved before "
-            "are kept: lower the learning rate or lengthen the warm-up, and go on from one with "
-            "--resume, in another --output_dir"
+            "are kept: lower the learning rate or lengthen the warm-up, and start from a model of "
+            "this run with --init_from, in another --output_dir"
         )
 
 
+def agreed_exit_code(stop: StopRequest) -> int:
+    """The exit code of a signal that any rank has received, 0 for none; collective."""
+    flags = [float(stop.exit_code == code) for code in (EXIT_TERMINATED, EXIT_INTERRUPTED)]
+    terminated, interrupted = distributed.all_reduce_sum(flags)
+    return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED if interrupted else 0
+
+
 @torch.no_grad()
-def evaluate(engine: Engine, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
-    """Held-out losses and accuracies with exact counts over all ranks; collective."""
+def evaluate(
+    engine: Engine,
+    batches: Iterable[dict[str, Tensor]],
+    step: int,
+    tracker: Tracker | None,
+    stop: StopRequest,
+) -> int:
+    """Log held-out losses and accuracies with exact counts over all ranks; collective.
+
+    Returns:
+        0, or the exit code of a signal; nothing is logged of an evaluation that it cut short.
+    """
     engine.train(False)
     sums = torch.zeros(6, dtype=torch.float64)
     bar = tqdm(
@@ -238,6 +257,8 @@ def evaluate(engine: Engine, batches: Iterable[dict[str, Tensor]]) -> dict[str, 
         disable=not (distributed.is_main() and sys.stderr.isatty()),
     )
     for batch in bar:
+        if stop.exit_code:
+            break
         losses = engine.module(**{name: x.to(engine.device) for name, x in batch.items()})
         masked = batch["masked_lm_positions"].count_nonzero()
         parts: Sequence[Tensor] = [
@@ -250,26 +271,27 @@ def evaluate(engine: Engine, batches: Iterable[dict[str, Tensor]]) -> dict[str, 
         ]
         sums += torch.stack([part.detach().cpu().double() for part in parts])
     engine.train()
+    exit_code = agreed_exit_code(stop)
     mlm_loss, mlm_correct, num_masked, nsp_loss, nsp_correct, rows = distributed.all_reduce_sum(
         sums.tolist()
     )
-    return {
+    if exit_code or tracker is None:
+        return exit_code
+    metrics = {
         "eval/mlm_loss": mlm_loss / max(num_masked, 1),
         "eval/mlm_accuracy": mlm_correct / max(num_masked, 1),
         "eval/nsp_loss": nsp_loss / max(rows, 1),
         "eval/nsp_accuracy": nsp_correct / max(rows, 1),
         "eval/rows": int(rows),
     }
-
-
-def print_evaluation(step: int, metrics: dict[str, float]) -> None:
-    """One line for people."""
+    tracker.log(step, metrics)
     print(
         f"eval step: {step}, mlm_loss: {metrics['eval/mlm_loss']:f}, "
         f"mlm_accuracy: {metrics['eval/mlm_accuracy']:f}, "
         f"nsp_accuracy: {metrics['eval/nsp_accuracy']:f}, rows: {metrics['eval/rows']:.0f}",
         flush=True,
     )
+    return 0
 
 
 def profile(output_dir: Path) -> Any:

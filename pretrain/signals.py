@@ -31,6 +31,9 @@ class StopRequest:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.exit_code = _EXIT_CODES[signal.Signals(number)]
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if os.environ.get("RANK", "0") == "0":
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, b"stopping: the step is finished and saved first; Ctrl-C ends at once\n")
 
 
 def report_exit(code: int) -> None:

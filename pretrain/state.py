@@ -20,6 +20,8 @@ from zerobert.errors import CheckpointError, ConfigError, ManifestError, Zerober
 from zerobert.tokenizer import WordPieceTokenizer
 
 LATEST_NAME = "latest"
+# DeepSpeed leaves them beside its checkpoints; model_<step>/ is what they would make.
+_DEEPSPEED_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -76,6 +78,8 @@ def save(engine: Engine, state: TrainState, run: RunFolder) -> None:
         engine.save(staging, dataclasses.asdict(state))
         distributed.barrier()
         if distributed.is_main():
+            for name in _DEEPSPEED_SCRIPTS:
+                (run.path / name).unlink(missing_ok=True)
             config = {
                 "step": state.step,
                 "world_size": distributed.world_size(),
@@ -181,7 +185,7 @@ def check_resumable(folder: Path, run: RunFolder) -> None:
     if saved["world_size"] != distributed.world_size():
         raise ConfigError(
             f"{folder} was saved by {saved['world_size']} processes, this run has "
-            f"{distributed.world_size()}; resume with {saved['world_size']}"
+            f"{distributed.world_size()}; resume with --n_gpu {saved['world_size']}"
         )
 
 

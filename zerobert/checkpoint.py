@@ -24,6 +24,12 @@ from zerobert.tokenizer import WordPieceTokenizer
 WEIGHTS_NAME = "model.safetensors"
 # What a task adds on top of the encoder: may be missing from, or superfluous in, a folder.
 _HEADS = ("cls.", "classifier.", "qa_outputs.", "bert.pooler.")
+# What else Hugging Face's configuration can ask for, and the one value that is computed here.
+_ARCHITECTURE = {
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+}
 _BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")
 
 
@@ -62,6 +68,12 @@ def open_model(name_or_path: str) -> ModelFolder:
         config = from_dict(BertConfig, known, f"{path}/config.json")
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
+    for key, wanted in _ARCHITECTURE.items():
+        if raw.get(key, wanted) != wanted:
+            raise CheckpointError(
+                f"{path}/config.json: {key} {raw[key]!r} is not served, only {wanted!r}; "
+                "choose a plain BERT encoder"
+            )
     labels = raw.get("id2label", {})
     lower_case = True
     if (path / "tokenizer_config.json").is_file():

@@ -32,6 +32,7 @@ _SECTIONS = (
     "checkpoint",
     "optimizer",
 )
+_UNSERVED = ("activation_checkpointing", "autotuning", "compile", "data_efficiency")
 _BFLOAT16_NAMES = ("bfloat16", "bf16", "torch.bfloat16")
 
 # DeepSpeed's top-level keys for training. It accepts others in silence, misspelt ones too.
@@ -168,6 +169,16 @@ def check_served(ds_config: Mapping[str, Any]) -> None:
 
 def _check_types(ds_config: Mapping[str, Any]) -> None:
     """DeepSpeed would meet a section of the wrong type with a traceback, and "False" is true."""
+    if name := _find_auto(ds_config, ""):
+        raise ConfigError(
+            f'{name} is "auto", which only the Trainer of Hugging Face fills in; give a value'
+        )
+    for name in _UNSERVED:
+        if name in ds_config:
+            raise ConfigError(f"{name}: this section is not served and would do nothing; remove it")
+    clipping = ds_config.get("gradient_clipping", 0.0)
+    if isinstance(clipping, bool) or not isinstance(clipping, int | float) or clipping < 0:
+        raise ConfigError(f"gradient_clipping: wanted a number from 0 on, got {clipping!r}")
     for name in _SECTIONS:
         section = ds_config.get(name, {})
         if not isinstance(section, Mapping):
@@ -177,6 +188,14 @@ def _check_types(ds_config: Mapping[str, Any]) -> None:
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     if type(stage) is not int:
         raise ConfigError(f"zero_optimization.stage: wanted a number, got {stage!r}")
+
+
+def _find_auto(value: Any, name: str) -> str | None:
+    """The first key whose value is "auto"."""
+    if isinstance(value, Mapping):
+        found = (_find_auto(item, f"{name}.{key}" if name else key) for key, item in value.items())
+        return next((key for key in found if key is not None), None)
+    return name if value == "auto" else None
 
 
 def check_device(ds_config: Mapping[str, Any]) -> None:

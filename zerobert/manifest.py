@@ -6,6 +6,7 @@ manifest is written. Whatever kills the process leaves either the whole folder o
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -118,15 +119,37 @@ def staged_folder(final: Path) -> Iterator[Path]:
         DataError: the folder can't be made or moved.
     """
     staging = staging_path(final)
+    if staging.is_dir():
+        with _locked(staging):  # of a process that was killed, unless somebody holds it
+            shutil.rmtree(staging, ignore_errors=True)
     with writing(final):
-        shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
+    with _locked(staging):
+        try:
+            yield staging
+            publish_folder(staging, final)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes; the lock ends with the process, however it ends.
+
+    Raises:
+        DataError: another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        yield staging
-        publish_folder(staging, final)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise DataError(
+            f"another process is filling {folder}; wait for its end or choose another folder"
+        ) from error
+    finally:
+        os.close(descriptor)
 
 
 def publish_folder(staging: Path, final: Path) -> None:

@@ -263,8 +263,13 @@ def _split(path: Path) -> Split | None:
 def _shard_paths(folders: Sequence[Path]) -> list[Path]:
     """Every HDF5 file under the folders, each once, even where one folder lies in another."""
     found: dict[Path, Path] = {}
+    entered: set[str] = set()
     for folder in folders:
-        for parent, names, files in os.walk(folder):
+        for parent, names, files in os.walk(folder, followlinks=True):
+            if (real := os.path.realpath(parent)) in entered:  # a link back up, or twice the same
+                names.clear()
+                continue
+            entered.add(real)
             names[:] = sorted(name for name in names if not name.startswith("."))
             for name in sorted(files):
                 if name.endswith(SUFFIXES) and not name.startswith("."):

@@ -237,3 +237,13 @@ def test_a_full_disk_is_a_data_error_and_leaves_nothing(tmp_path: Path) -> None:
     assert "large: File too large; free space or choose another output folder" in result.stderr
     assert result.stderr.count("\n") == 1
     assert names(tmp_path) == []
+
+
+def test_a_folder_that_another_process_fills_is_left_alone(tmp_path: Path) -> None:
+    final = tmp_path / "out"
+    with manifest.staged_folder(final) as staging:
+        (staging / "file").write_text("mine")
+        with pytest.raises(DataError, match="another process is filling"):
+            with manifest.staged_folder(final):
+                pass
+    assert (final / "file").read_text() == "mine"

@@ -83,7 +83,10 @@ def step_rows(batch: StepBatch) -> list[int]:
 
 def walk(order: SampleOrder, first: int, count: int) -> list[tuple[int, int]]:
     """The samples as (shard, row)."""
-    return [(shard, int(row)) for shard, rows in order.locate(first, count) for row in rows]
+    starts = np.cumsum([0, *order.rows_of_shards])
+    rows = order.locate(first, count)
+    owners = np.searchsorted(starts, rows, side="right") - 1
+    return [(int(k), int(row - starts[k])) for k, row in zip(owners, rows, strict=True)]
 
 
 def test_an_epoch_visits_every_row_once() -> None:
@@ -100,8 +103,21 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     assert all(a != b for a, b in itertools.combinations(orders, 2))
     within = [[row for shard, row in one if shard == 3] for one in orders]  # the largest shard
     assert all(a != b for a, b in itertools.combinations(within, 2))
-    shard_orders = [[shard for shard, _ in itertools.groupby(s for s, _ in one)] for one in orders]
-    assert len({tuple(one) for one in shard_orders}) > 1
+
+
+def test_shards_are_shuffled_together_window_by_window() -> None:
+    order = SampleOrder(rows_of_shards=(10, 10, 10, 10, 3), seed=1, window_rows=20)
+    for epoch in range(3):
+        shards = [shard for shard, _ in walk(order, 43 * epoch, 43)]
+        *windows, last = [set(shards[start : start + 20]) for start in (0, 20, 40)]
+        if 4 in shards[:40]:  # the small shard came early, and with it a window of three
+            assert len(set(shards)) == 5
+            continue
+        assert [len(window) for window in windows] == [2, 2]
+        assert last == {4}
+        assert shards[:20] != sorted(shards[:20])  # mixed, not one after the other
+    together = SampleOrder(rows_of_shards=(10, 10, 10, 10, 3), seed=1)
+    assert len({shard for shard, _ in walk(together, 0, 12)}) > 2
 
 
 def test_any_stretch_is_part_of_one_long_walk() -> None:
@@ -117,9 +133,7 @@ def test_any_stretch_is_part_of_one_long_walk() -> None:
 def test_the_order_is_this_one() -> None:
     """Exact numbers: a run that is resumed by a later version must find the same order."""
     order = SampleOrder(rows_of_shards=(2, 3), seed=42)
-    first_epoch = [(0, 1), (0, 0), (1, 2), (1, 1), (1, 0)]
-    second_epoch = [(0, 1), (0, 0), (1, 1), (1, 0), (1, 2)]
-    assert walk(order, 0, 10) == first_epoch + second_epoch
+    assert order.locate(0, 10).tolist() == [0, 3, 4, 1, 2, 0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -163,11 +177,9 @@ def test_starting_in_the_middle_equals_walking_there(shards: list[ShardInfo]) ->
 
 def test_a_damaged_shard_is_reported_by_the_step_that_needs_it(tmp_path: Path) -> None:
     infos = [make_shard(tmp_path / f"a_training_{i}.hdf5", 20, 20 * i) for i in range(2)]
-    first = walk(SampleOrder(rows_of_shards=(20, 20), seed=7), 0, 1)[0][0]
-    second = infos[1 - first].path
+    second = infos[1].path
     second.write_bytes(second.read_bytes()[:-2000])
     steps = make_loader(infos).steps(0)
-    assert len(step_rows(next(steps))) == 16  # read-ahead fails in the meantime
     with pytest.raises(ShardFormatError, match=rf"{second.name} is not HDF5 or is damaged"):
         next(steps)
 

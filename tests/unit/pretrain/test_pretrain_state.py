@@ -114,7 +114,9 @@ def test_other_settings_or_processes_are_not_resumed(tmp_path: Path) -> None:
         run_state.check_resumable(tmp_path / "state_3", other)
     path = tmp_path / "state_3" / "manifest.json"
     path.write_text(path.read_text().replace('"world_size": 1', '"world_size": 4'))
-    with pytest.raises(ConfigError, match="saved by 4 processes, this run has 1; resume with 4"):
+    with pytest.raises(
+        ConfigError, match="saved by 4 processes, this run has 1; resume with --n_gpu 4"
+    ):
         run_state.check_resumable(tmp_path / "state_3", make_run(tmp_path))
 
 
