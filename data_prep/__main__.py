@@ -73,7 +73,12 @@ def _add_text(commands: Any) -> None:
     )
     defaults = TextConfig()
     parser.add_argument(
-        "--input", type=Path, nargs="+", required=True, metavar="PATH", help="files and folders"
+        "--input",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files and folders; each .txt or .md is one document",
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the text")
     parser.add_argument(
