@@ -351,7 +351,8 @@ def _finish(run: Experiment, code: int, step: int) -> None:
     page = report.write_report([path], path / "report.html")
     write_status(path, "preempted" if code else "done", code, step=step)
     how = f"stopped at step {step} of {run.steps}; the same command goes on" if code else "complete"
-    _say(f"{how}: {path / f'model_{step}'}  curves: {page}")
+    model = path / f"model_{step}"
+    _say(f"{how}; model: {model if model.is_dir() else 'none yet'}; curves: {page}")
 
 
 def _held_out(run: Experiment, everything: bool) -> Iterator[dict[str, Tensor]]:

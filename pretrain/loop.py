@@ -120,7 +120,9 @@ def train(
             exit_code = evaluate(engine, held_out(False), state.step, tracker, stop)
         window.started_s += time.perf_counter() - pause_s
     batches.close()  # type: ignore[attr-defined]
-    assert saved_step == state.step
+    if saved_step != state.step:  # a signal came during an evaluation on the way
+        check_finite(engine, window, state.step)
+        run_state.save(engine, state, run)
     if held_out and not exit_code:
         exit_code = evaluate(engine, held_out(True), state.step, tracker, stop)
     return exit_code
@@ -139,11 +141,9 @@ def train_step(
         global batch, padding not counted.
     """
     tokens = sum(int(micro["input_mask"].sum()) for micro in batch.micro_batches)
-    flags = [float(stop.exit_code == code) for code in (EXIT_TERMINATED, EXIT_INTERRUPTED)]
-    num_masked, num_tokens, terminated, interrupted = distributed.all_reduce_sum(
-        [batch.num_masked, tokens, *flags]
+    num_masked, num_tokens, *signals = distributed.all_reduce_sum(
+        [batch.num_masked, tokens, *_signal_flags(stop)]
     )
-    exit_code = EXIT_TERMINATED if terminated else EXIT_INTERRUPTED if interrupted else 0
     for micro, first in zip(batch.micro_batches, batch.first_samples, strict=True):
         torch.manual_seed(dropout_seed(seed, first))
         losses = engine.forward(**{name: x.to(engine.device) for name, x in micro.items()})
@@ -156,7 +156,7 @@ def train_step(
     window.samples += engine.global_batch_samples
     window.tokens += int(num_tokens)
     window.steps += 1
-    return exit_code, int(num_tokens)
+    return _exit_code(signals), int(num_tokens)
 
 
 def log(
@@ -230,8 +230,16 @@ def check_finite(engine: Engine, window: Window, step: int) -> None:
 
 def agreed_exit_code(stop: StopRequest) -> int:
     """The exit code of a signal that any rank has received, 0 for none; collective."""
-    flags = [float(stop.exit_code == code) for code in (EXIT_TERMINATED, EXIT_INTERRUPTED)]
-    terminated, interrupted = distributed.all_reduce_sum(flags)
+    return _exit_code(distributed.all_reduce_sum(_signal_flags(stop)))
+
+
+def _signal_flags(stop: StopRequest) -> list[float]:
+    """What the ranks add up: 1 for each signal that this one has received."""
+    return [float(stop.exit_code == code) for code in (EXIT_TERMINATED, EXIT_INTERRUPTED)]
+
+
+def _exit_code(signals: Sequence[float]) -> int:
+    terminated, interrupted = signals
     return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED if interrupted else 0
 
 
