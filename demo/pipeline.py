@@ -125,6 +125,7 @@ def run_command(command: Sequence[str], log: Path, *, num_steps: int | None = No
     print(f"$ {' '.join(command)}", flush=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     told_s = time.monotonic()
+    end = f" of {num_steps}" if num_steps else ""
     bar = tqdm(
         total=num_steps,
         unit="step",
@@ -152,7 +153,7 @@ def run_command(command: Sequence[str], log: Path, *, num_steps: int | None = No
                     bar.update(int(step[1]) - bar.n)
                     if bar.disable and time.monotonic() - told_s > _TELL_EVERY_S:
                         told_s = time.monotonic()
-                        print(f"  step {step[1]} of {num_steps}", flush=True)
+                        print(f"  step {step[1]}{end}", flush=True)
         except BaseException:
             # Ctrl-C may have reached only us; a training run saves its state before it ends.
             child.terminate()
