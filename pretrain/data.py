@@ -147,11 +147,13 @@ class StepBatch:
         micro_batches: one dict of tensors for each micro-step.
         first_samples: the number of the first sample of each, which seeds its dropout.
         num_masked: masked positions in this share.
+        num_tokens: its tokens, padding not counted.
     """
 
     micro_batches: tuple[dict[str, Tensor], ...]
     first_samples: tuple[int, ...]
     num_masked: int
+    num_tokens: int
 
 
 class StepLoader:
@@ -208,6 +210,7 @@ class StepLoader:
             ),
             first_samples=tuple(start + i for i in offsets),
             num_masked=int(np.count_nonzero(rows["masked_lm_positions"])),
+            num_tokens=int(np.count_nonzero(rows["input_mask"])),
         )
 
 

@@ -28,7 +28,6 @@ from zerobert.shards import ShardInfo, find_shards, shard_lower_case, shard_voca
 from zerobert.tokenizer import WordPieceTokenizer
 from zerobert.tracking import open_tracker, read_status, write_status
 
-init_distributed = engine.init_distributed
 # Without gradients several micro-batches fit where one did.
 _EVAL_MICRO_BATCHES = 4
 

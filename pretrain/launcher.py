@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -36,8 +36,7 @@ def launch(argv: Sequence[str], num_ranks: int) -> int:
         The ranks' exit code.
     """
     environment = dict(os.environ)
-    if not _has_cuda():
-        environment.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns of finding nothing
+    choose_accelerator(environment)
     with tempfile.TemporaryDirectory(prefix="zerobert-") as folder:
         environment[RANK_FOLDER] = folder
         cores = os.cpu_count() or 1
@@ -109,10 +108,12 @@ def default_ranks() -> int:
     return max(1, torch.cuda.device_count())
 
 
-def _has_cuda() -> bool:
+def choose_accelerator(environment: MutableMapping[str, str]) -> None:
+    """Tell DeepSpeed, by the environment, where there is no GPU: else it warns of finding none."""
     import torch
 
-    return torch.cuda.is_available()
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def split_ranks(argv: Sequence[str]) -> tuple[list[str], int | None]:

@@ -140,9 +140,8 @@ def train_step(
         The exit code of a signal that any rank has received (0 for none), and the tokens of the
         global batch, padding not counted.
     """
-    tokens = sum(int(micro["input_mask"].sum()) for micro in batch.micro_batches)
     num_masked, num_tokens, *signals = distributed.all_reduce_sum(
-        [batch.num_masked, tokens, *_signal_flags(stop)]
+        [batch.num_masked, batch.num_tokens, *_signal_flags(stop)]
     )
     for micro, first in zip(batch.micro_batches, batch.first_samples, strict=True):
         torch.manual_seed(dropout_seed(seed, first))

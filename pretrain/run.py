@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pretrain.launcher import launch
+from pretrain.launcher import choose_accelerator, launch
 from pretrain.signals import StopRequest, report_exit
 from zerobert.errors import ArgumentParser, exit_code, run_script
 
@@ -90,10 +90,10 @@ def _train(args: argparse.Namespace, stop: StopRequest) -> int:
     _quiet()
     # These take seconds to import: a wrong flag is told before.
     from pretrain import experiment
-    from zerobert import distributed
+    from zerobert import distributed, engine
 
     experiment.set_threads()
-    experiment.init_distributed()
+    engine.init_distributed()
     with distributed.one_voice():
         run = experiment.prepare(args)
     if args.dry_run:
@@ -110,10 +110,7 @@ def _quiet() -> None:
     # Our LAMB under ZeRO is tested, which DeepSpeed can't know.
     logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
     warnings.filterwarnings("ignore", category=FutureWarning)  # one a collective, on new torch
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found nothing better
+    choose_accelerator(os.environ)
 
 
 def _print_plan(run: "Experiment") -> None:

@@ -4,8 +4,6 @@ A folder is complete or absent; `latest` moves last.
 """
 
 import dataclasses
-import fcntl
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -210,15 +208,12 @@ def claim(path: Path) -> None:
     """
     with manifest.writing(path):
         path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDONLY)  # stays open: its end is the end of the claim
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
+        descriptor = manifest.try_lock(path)  # stays open: the claim ends with this process
+    if descriptor is None:
         raise ConfigError(
             f"another run is writing into {path}; wait for its end or choose another --output_dir"
-        ) from error
-    for leftover in path.glob(manifest.staging_path(Path("*")).name):  # of a run that was killed
+        )
+    for leftover in manifest.leftovers(path):  # of a run that was killed
         shutil.rmtree(leftover, ignore_errors=True)
 
 

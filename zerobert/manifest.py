@@ -103,6 +103,11 @@ def staging_path(final: Path) -> Path:
     return final.with_name(_STAGING_PREFIX + final.name)
 
 
+def leftovers(parent: Path) -> list[Path]:
+    """The folders in a parent that were never completed."""
+    return list(parent.glob(f"{_STAGING_PREFIX}*"))
+
+
 def is_staging(path: Path) -> bool:
     """Whether the path lies in a folder that was never completed."""
     return any(part.startswith(_STAGING_PREFIX) for part in path.parts)
@@ -140,16 +145,30 @@ def _locked(folder: Path) -> Iterator[None]:
     Raises:
         DataError: another process holds it.
     """
+    descriptor = try_lock(folder)
+    if descriptor is None:
+        raise DataError(
+            f"another process is filling {folder}; wait for its end or choose another folder"
+        )
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def try_lock(folder: Path) -> int | None:
+    """Lock a folder until the descriptor that is returned is closed, or the process ends.
+
+    Returns:
+        The open descriptor; None where another process holds the folder.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise DataError(
-            f"another process is filling {folder}; wait for its end or choose another folder"
-        ) from error
-    finally:
+    except BlockingIOError:
         os.close(descriptor)
+        return None
+    return descriptor
 
 
 def publish_folder(staging: Path, final: Path) -> None:

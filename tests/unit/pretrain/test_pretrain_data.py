@@ -152,6 +152,8 @@ def test_ranks_share_the_same_micro_batches(shards: list[ShardInfo], world_size:
                 assert torch.equal(got[name], one[name])
         assert [n for part in parts for n in part.first_samples] == list(wanted.first_samples)
         assert sum(part.num_masked for part in parts) == wanted.num_masked
+        assert sum(part.num_tokens for part in parts) == wanted.num_tokens
+        assert wanted.num_tokens == sum(int(m["input_mask"].sum()) for m in wanted.micro_batches)
 
 
 def test_a_batch_is_what_the_order_says(shards: list[ShardInfo]) -> None:
