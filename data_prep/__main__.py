@@ -1,4 +1,7 @@
-"""Command line of the data stage: wiring only."""
+"""Command line of the data stage: wiring only.
+
+Each command imports what it runs: loading the libraries of all takes longer than many a command.
+"""
 
 import argparse
 import sys
@@ -12,13 +15,9 @@ if not __package__:
 
     expect_interrupts()
 
-from data_prep import corpus, look
-from data_prep.build import ShardsConfig, build_instances, build_shards
-from data_prep.extract import TextConfig, extract_text
-from data_prep.instances import InstanceConfig
+from data_prep.config import DOCUMENT_BREAKS, FORMATS, InstanceConfig, ShardsConfig, TextConfig
 from zerobert.errors import EXIT_USER, ArgumentParser, ConfigError, DataError, run_script
 from zerobert.manifest import write_text, writing
-from zerobert.tokenizer import WordPieceTokenizer, train_vocabulary
 
 # Above this the vocabulary probably is of another language or case.
 _HIGH_UNKNOWN_SHARE = 0.01
@@ -68,23 +67,44 @@ def _add_text(commands: Any) -> None:
         commands,
         "text",
         _run_text,
-        "Turn dumps, extracted text, plain text or JSON lines into one sentence a line.",
+        "Turn dumps, extracted or plain text, JSON lines, tables or datasets into one sentence a "
+        "line; what was broken off goes on after its last complete part.",
         "text --input enwiki-latest-pages-articles.xml.bz2 --output_dir data/text --workers 8",
     )
     defaults = TextConfig()
     parser.add_argument(
         "--input",
-        type=Path,
         nargs="+",
         required=True,
         metavar="PATH",
-        help="files and folders; each .txt or .md is one document",
+        help="files and folders, here or as URLs that fsspec knows; with --format hf names of "
+        "Hugging Face datasets",
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the text")
     parser.add_argument(
-        "--format", choices=corpus.FORMATS, default=defaults.format, help="what the files hold"
+        "--format", choices=FORMATS, default=defaults.format, help="what the files hold"
     )
-    parser.add_argument("--text_field", default=defaults.text_field, help="key of JSON lines")
+    parser.add_argument(
+        "--text_field", default=defaults.text_field, help="key or column of the text"
+    )
+    parser.add_argument(
+        "--document_break",
+        choices=DOCUMENT_BREAKS,
+        default=defaults.document_break,
+        help="what ends a document in plain text; a .md is always one",
+    )
+    parser.add_argument(
+        "--dataset_config_name",
+        default=defaults.dataset_config_name,
+        metavar="NAME",
+        help="with --format hf: the dataset's configuration, where it has several",
+    )
+    parser.add_argument(
+        "--dataset_split",
+        default=defaults.dataset_split,
+        metavar="NAME",
+        help="with --format hf: the dataset's split",
+    )
     parser.add_argument("--language", default=defaults.language, help="ISO 639 code of the text")
     _add_workers(parser)
 
@@ -130,6 +150,12 @@ def _add_shards(commands: Any) -> None:
     )
     _add_row_flags(parser)
     _add_workers(parser)
+    parser.add_argument(
+        "--dask_scheduler",
+        metavar="ADDR",
+        help="use the workers of this Dask scheduler (tcp://host:8786) instead; they must see the "
+        "same files",
+    )
 
 
 def _add_instances(commands: Any) -> None:
@@ -235,8 +261,15 @@ def _workers(arguments: argparse.Namespace) -> int:
 
 
 def _run_text(arguments: argparse.Namespace) -> int:
+    from data_prep.extract import extract_text
+
     config = TextConfig(
-        format=arguments.format, text_field=arguments.text_field, language=arguments.language
+        format=arguments.format,
+        text_field=arguments.text_field,
+        language=arguments.language,
+        document_break=arguments.document_break,
+        dataset_config_name=arguments.dataset_config_name,
+        dataset_split=arguments.dataset_split,
     )
     summary = extract_text(
         arguments.input, arguments.output_dir, config, workers=_workers(arguments)
@@ -246,6 +279,9 @@ def _run_text(arguments: argparse.Namespace) -> int:
 
 
 def _run_vocab(arguments: argparse.Namespace) -> int:
+    from data_prep.corpus import text_files
+    from zerobert.tokenizer import train_vocabulary
+
     if arguments.input_dir.resolve() in arguments.output.resolve().parents:
         raise ConfigError(
             f"--output {arguments.output} lies inside --input_dir, where later commands would take "
@@ -253,7 +289,7 @@ def _run_vocab(arguments: argparse.Namespace) -> int:
         )
     _make_room(arguments.output)
     vocab = train_vocabulary(
-        corpus.text_files(arguments.input_dir),
+        text_files(arguments.input_dir),
         vocab_size=arguments.vocab_size,
         do_lower_case=arguments.do_lower_case,
     )
@@ -263,6 +299,8 @@ def _run_vocab(arguments: argparse.Namespace) -> int:
 
 
 def _run_shards(arguments: argparse.Namespace) -> int:
+    from data_prep.build import build_shards
+
     config = ShardsConfig(
         name=arguments.name,
         n_training_shards=arguments.n_training_shards,
@@ -278,6 +316,7 @@ def _run_shards(arguments: argparse.Namespace) -> int:
         arguments.output_dir,
         config,
         workers=_workers(arguments),
+        dask_scheduler=arguments.dask_scheduler,
     )
     _warn_of_unknown(summary)
     print(f"shards: {_one_line(summary)}", file=sys.stderr)
@@ -286,6 +325,9 @@ def _run_shards(arguments: argparse.Namespace) -> int:
 
 
 def _run_instances(arguments: argparse.Namespace) -> int:
+    from data_prep.build import build_instances
+    from zerobert.tokenizer import WordPieceTokenizer
+
     config = _instance_config(arguments)
     tokenizer = WordPieceTokenizer.from_file(
         arguments.vocab_file, do_lower_case=arguments.do_lower_case
@@ -310,17 +352,19 @@ def _make_room(file: Path) -> None:
 
 
 def _run_inspect(arguments: argparse.Namespace) -> int:
+    from data_prep.look import inspect_shards
+
     if arguments.num_rows < 0:
         raise ConfigError(f"-n: wanted at least 0, got {arguments.num_rows}")
-    for line in look.inspect_shards(
-        arguments.path, arguments.vocab_file, num_rows=arguments.num_rows
-    ):
+    for line in inspect_shards(arguments.path, arguments.vocab_file, num_rows=arguments.num_rows):
         print(line)
     return 0
 
 
 def _run_verify(arguments: argparse.Namespace) -> int:
-    num_files, problems = look.verify(arguments.path)
+    from data_prep.look import verify
+
+    num_files, problems = verify(arguments.path)
     for problem in problems:
         print(problem, file=sys.stderr)
     print(f"verify: {num_files} files, {len(problems)} broken", file=sys.stderr)
@@ -342,7 +386,9 @@ def _instance_config(arguments: argparse.Namespace) -> InstanceConfig:
 def _input_files(value: str) -> list[Path]:
     """What `--input_file` names: a file, a folder's `.txt` files, or a list with commas."""
     if Path(value).is_dir():
-        return corpus.text_files(Path(value))
+        from data_prep.corpus import text_files
+
+        return text_files(Path(value))
     files = [Path(value)] if Path(value).exists() else [Path(name) for name in value.split(",")]
     for path in files:
         if not path.is_file():

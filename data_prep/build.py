@@ -1,110 +1,101 @@
 """The `shards` and `instances` commands: sentences -> HDF5 shards.
 
-Documents are dealt to shards in the order of a seeded hash of their text, so neither the order of
-files nor the number of workers changes a shard, and what is held out is whole documents. Each shard
-is built on its own: memory depends on the largest shard and the workers, not on the corpus.
+The text is tokenised into a folder of pieces first (tokens.py). A shard is a range of the documents
+in the seeded order that they have there, so neither the order of files nor the number of workers
+changes it, and what is held out is whole documents. Each shard is built on its own: memory depends
+on the largest shard and the workers, not on the corpus.
 """
 
 import collections
 import dataclasses
-import functools
-import hashlib
-import io
+import json
+import os
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.corpus import decode, read_lines, text_files
+from data_prep import native
+from data_prep.config import InstanceConfig, ShardsConfig
+from data_prep.corpus import text_files
 from data_prep.folders import is_done
-from data_prep.instances import InstanceConfig, create_instances, vocabulary_of
-from data_prep.parallel import ordered_map, progress
-from data_prep.wordpiece import Document, encode_documents
-from zerobert.errors import ConfigError
+from data_prep.instances import Vocabulary, create_instances, vocabulary_of
+from data_prep.parallel import Pool, pool, progress
+from data_prep.tokens import (
+    Range,
+    TokensConfig,
+    find_places,
+    piece_files,
+    read_documents,
+    read_range,
+    stamp,
+    tokenize_text,
+)
+from data_prep.wordpiece import Documents, encode
+from zerobert import __version__
+from zerobert.errors import ConfigError, DataError
 from zerobert.manifest import (
+    FileRecord,
     read_manifest,
+    resumable_folder,
     sha256_file,
-    staged_folder,
-    staging_path,
+    write_json,
     write_manifest,
     write_text,
 )
-from zerobert.shards import VOCAB_NAME, Array, Split, write_shard
+from zerobert.shards import VOCAB_NAME, Split, write_rows
 from zerobert.tokenizer import WordPieceTokenizer
 
 KIND = "shards"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ShardsConfig:
-    """How a set of shards is made; the names are the flags'."""
+class ShardPlan(NamedTuple):
+    """Which documents, by their ranks, a shard is made of."""
 
-    name: str = "wikicorpus_en"
-    n_training_shards: int = 256
-    n_test_shards: int = 256
-    fraction_test_set: float = 0.1
-    random_seed: int = 12345
-    do_lower_case: bool = True
-    instances: InstanceConfig = dataclasses.field(default_factory=InstanceConfig)
-
-    def __post_init__(self) -> None:
-        if not self.name or "/" in self.name or self.name.startswith("."):
-            raise ConfigError(f"--name: wanted a plain folder name, got {self.name!r}")
-        if self.n_training_shards < 1:
-            raise ConfigError(
-                f"--n_training_shards: wanted at least 1, got {self.n_training_shards}"
-            )
-        if self.n_test_shards < 0:
-            raise ConfigError(f"--n_test_shards: wanted at least 0, got {self.n_test_shards}")
-        if not 0 <= self.fraction_test_set < 1:
-            raise ConfigError(
-                f"--fraction_test_set: wanted 0 to below 1, got {self.fraction_test_set}"
-            )
-
-    @property
-    def folder_name(self) -> str:
-        """NVIDIA's name for the folder, where its readers look; our own options come after it."""
-        rows = self.instances
-        options = "_whole_word_mask" * rows.whole_word_mask + "_no_nsp" * rows.no_nsp
-        return (
-            f"hdf5_lower_case_{int(self.do_lower_case)}_seq_len_{rows.max_seq_length}"
-            f"_max_pred_{rows.max_predictions_per_seq}_masked_lm_prob_{rows.masked_lm_prob}"
-            f"_random_seed_{self.random_seed}_dupe_factor_{rows.dupe_factor}{options}"
-        )
-
-    def as_record(self) -> dict[str, Any]:
-        """The settings as the manifest keeps them: flat, under the flags' names."""
-        record = dataclasses.asdict(self)
-        return {**record, **record.pop("instances")}
-
-
-class Span(NamedTuple):
-    """Where a document stands, and its place in the seeded order."""
-
-    key: bytes
-    path: Path
-    offset: int
-    num_bytes: int
-
-
-class ShardTask(NamedTuple):
-    """All that a worker needs to make one shard."""
-
-    path: Path
     split: Split
     number: int
-    spans: list[Span]
-    vocab_file: Path
+    first: int
+    end: int
+
+
+class _Task(NamedTuple):
+    """All that a worker needs to make a shard.
+
+    Attributes:
+        first, end: which documents of every piece.
+    """
+
+    plan: ShardPlan
+    path: Path
+    pieces: list[Path]
+    first: list[int]
+    end: list[int]
+    vocabulary: Vocabulary
     config: ShardsConfig
+
+    @property
+    def receipt(self) -> Path:
+        """Written when the shard is complete: its figures."""
+        return self.path.with_name(f".{self.path.name}.json")
 
 
 def build_shards(
-    input_dir: Path, vocab_file: Path, output_dir: Path, config: ShardsConfig, *, workers: int
+    input_dir: Path,
+    vocab_file: Path,
+    output_dir: Path,
+    config: ShardsConfig,
+    *,
+    workers: int,
+    dask_scheduler: str | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Make the training and test shards of a text folder.
 
-    A folder that already holds them is left as it is.
+    A folder that already holds them is left as it is; one that was begun is gone on with.
+
+    Args:
+        dask_scheduler: address of a Dask scheduler, whose workers do the work instead of processes
+            of this machine; they see the same files at the same paths.
 
     Returns:
         The folder of the shards, and the manifest's summary.
@@ -114,89 +105,94 @@ def build_shards(
         ConfigError: more shards than the documents can fill, or the folder holds something else.
     """
     started = time.monotonic()
+    input_dir, output_dir = input_dir.resolve(), output_dir.resolve()
     tokenizer = WordPieceTokenizer.from_file(vocab_file, do_lower_case=config.do_lower_case)
-    files = text_files(input_dir)
-    inputs = {VOCAB_NAME: tokenizer.sha256}
-    inputs |= {str(path.relative_to(input_dir)): sha256_file(path) for path in files}
-    folder = output_dir / config.folder_name / config.name
-    if is_done(folder, kind=KIND, config=config.as_record(), inputs=inputs):
-        return folder, read_manifest(folder).summary
-    spans = sorted(span for path in files for span in find_documents(path, config.random_seed))
-    tasks = plan_shards(spans, config, staging_path(folder))
-    with staged_folder(folder) as staging:
-        # The workers read this copy: the original may change under them.
-        write_text(staging / VOCAB_NAME, "".join(f"{token}\n" for token in tokenizer.vocab))
-        results = progress(
-            ordered_map(build_shard, tasks, workers=min(workers, len(tasks))),
-            label="shards",
-            total=len(tasks),
-            unit=" shards",
+    files = {path: stamp(path) for path in _text_only(input_dir, vocab_file, output_dir)}
+    native.is_available()  # the workers find it built, or the user told that it can't be
+    with pool(workers, dask_scheduler) as workers_pool:
+        names = [_printable(path.relative_to(input_dir)) for path in files]
+        inputs = dict(zip(names, workers_pool.map(_hash_file, files), strict=True))
+        inputs[VOCAB_NAME] = tokenizer.sha256
+        folder = output_dir / config.folder_name / config.name
+        if is_done(folder, kind=KIND, config=config.as_record(), inputs=inputs):
+            return folder, read_manifest(folder).summary
+        tokens_config = TokensConfig(
+            do_lower_case=config.do_lower_case, random_seed=config.random_seed
         )
-        counts = dict(zip((task.path.name for task in tasks), results, strict=True))
-        total = sum(counts.values(), collections.Counter[str]())
-        summary = _figures(total, config.instances.max_seq_length, time.monotonic() - started)
-        write_manifest(
-            staging,
-            kind=KIND,
-            config=config.as_record(),
-            inputs=inputs,
-            num_rows={name: count["rows"] for name, count in counts.items()},
-            summary=summary,
+        tokens = output_dir / tokens_config.folder_name / config.name
+        counts = tokenize_text(
+            files, tokenizer, tokens, tokens_config, inputs=inputs, pool=workers_pool
         )
+        plans = plan_shards(counts["documents"], config)
+        identity = {"config": config.as_record(), "inputs": inputs, "version": __version__}
+        with resumable_folder(folder, identity) as staging:
+            write_text(staging / VOCAB_NAME, (tokens / VOCAB_NAME).read_text(encoding="utf-8"))
+            tasks = _tasks(plans, tokens, staging, vocabulary_of(tokenizer), config)
+            totals, records = _build_missing(tasks, counts, workers_pool)
+            summary = _summary(counts, totals, config.instances, time.monotonic() - started)
+            write_manifest(
+                staging,
+                kind=KIND,
+                config=config.as_record(),
+                inputs=inputs,
+                known=records,
+                summary=summary,
+            )
     return folder, summary
 
 
-def find_documents(path: Path, seed: int) -> Iterator[Span]:
-    """Where the documents of a text file stand: runs of lines between blank ones.
+def _text_only(input_dir: Path, vocab_file: Path, output_dir: Path) -> list[Path]:
+    """The text files of a folder.
 
     Raises:
-        DataError: the file is not UTF-8 text.
+        ConfigError: what is not text lies among them, or would at the next run.
     """
-    digest, start, offset = hashlib.blake2b(str(seed).encode(), digest_size=16), 0, 0
-    is_empty = True
-    with open(path, "rb") as file:
-        for raw in file:
-            line = decode(raw, where=path, offset=offset).strip()
-            if line:
-                digest.update(line.encode() + b"\n")
-                is_empty = False
-            offset += len(raw)
-            if not line:
-                if not is_empty:
-                    yield Span(digest.digest(), path, start, offset - start)
-                digest, start = hashlib.blake2b(str(seed).encode(), digest_size=16), offset
-                is_empty = True
-    if not is_empty:
-        yield Span(digest.digest(), path, start, offset - start)
+    files = text_files(input_dir)
+    if input_dir == output_dir or input_dir in output_dir.parents:
+        raise ConfigError(
+            f"--output_dir {output_dir} lies inside --input_dir, where the next run would take its "
+            f"{VOCAB_NAME} for text; choose a folder outside"
+        )
+    for path in files:
+        if path.name == VOCAB_NAME or path.resolve() == vocab_file.resolve():
+            raise ConfigError(f"{path} would be taken for text; move it out of --input_dir")
+    return files
 
 
-def plan_shards(spans: Sequence[Span], config: ShardsConfig, folder: Path) -> list[ShardTask]:
-    """Deal the documents out in their seeded order: the first ones to the test shards.
+def _printable(path: Path) -> str:
+    """A path for the manifest, which is UTF-8, as file names need not be."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _hash_file(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror or error}") from error
+
+
+def plan_shards(num_documents: int, config: ShardsConfig) -> list[ShardPlan]:
+    """Deal the documents out by their ranks: the first ones to the test shards.
 
     Raises:
         ConfigError: there are not enough documents; the message says how many shards they fill.
     """
     needed = config.instances.min_documents
-    num_test = max(round(len(spans) * config.fraction_test_set), config.n_test_shards * needed)
+    num_test = max(round(num_documents * config.fraction_test_set), config.n_test_shards * needed)
     if config.n_test_shards == 0:
         num_test = 0
-    if len(spans) - num_test < config.n_training_shards * needed:
-        raise ConfigError(_too_few_message(len(spans), config))
-    plan: list[tuple[Split, int, Sequence[Span]]] = [
-        ("training", config.n_training_shards, spans[num_test:]),
-        ("test", config.n_test_shards, spans[:num_test]),
+    if num_documents - num_test < config.n_training_shards * needed:
+        raise ConfigError(_too_few_message(num_documents, config))
+    shares: list[tuple[Split, int, int, int]] = [
+        ("training", config.n_training_shards, num_test, num_documents - num_test),
+        ("test", config.n_test_shards, 0, num_test),
     ]
     return [
-        ShardTask(
-            path=folder / f"{config.name}_{split}_{number}.hdf5",
-            split=split,
-            number=number,
-            spans=list(share[number::num_shards]),
-            vocab_file=folder / VOCAB_NAME,
-            config=config,
+        ShardPlan(
+            split, number, first + number * size // count, first + (number + 1) * size // count
         )
-        for split, num_shards, share in plan
-        for number in range(num_shards)
+        for split, count, first, size in shares
+        for number in range(count)
     ]
 
 
@@ -218,33 +214,65 @@ def _too_few_message(num_documents: int, config: ShardsConfig) -> str:
     )
 
 
-def build_shard(task: ShardTask) -> collections.Counter[str]:
-    """Make one shard, in any process; the result depends on the task alone.
+def _tasks(
+    plans: Sequence[ShardPlan],
+    tokens: Path,
+    folder: Path,
+    vocabulary: Vocabulary,
+    config: ShardsConfig,
+) -> list[_Task]:
+    pieces = piece_files(tokens)
+    firsts = find_places(pieces, [plan.first for plan in plans]).tolist()
+    ends = find_places(pieces, [plan.end for plan in plans]).tolist()
+    return [
+        _Task(
+            plan=plan,
+            path=folder / f"{config.name}_{plan.split}_{plan.number}.hdf5",
+            pieces=pieces,
+            first=first,
+            end=end,
+            vocabulary=vocabulary,
+            config=config,
+        )
+        for plan, first, end in zip(plans, firsts, ends, strict=True)
+    ]
+
+
+def _build_missing(
+    tasks: Sequence[_Task], counts: Mapping[str, int], workers: Pool
+) -> tuple[collections.Counter[str], dict[str, FileRecord]]:
+    """Make the shards that an earlier run has not made.
 
     Returns:
-        How many documents, sentences, tokens, unknown ones, rows and filled places.
+        The figures of all shards together, and what the manifest says of each.
     """
-    config = task.config
-    tokenizer = _tokenizer(task.vocab_file, config.do_lower_case)
-    documents = encode_documents([_read_span(span) for span in task.spans], tokenizer)
-    rng = random.Random(f"{config.random_seed} {task.split} {task.number}")
-    arrays = create_instances(documents, config.instances, vocabulary_of(tokenizer), rng)
-    write_shard(task.path, arrays)
-    return _count(documents, arrays, tokenizer) + collections.Counter(
-        bytes=task.path.stat().st_size
+    missing = [task for task in tasks if not task.receipt.exists()]
+    text_bytes = counts["text_bytes"] / counts["documents"]
+    sizes = [round((task.plan.end - task.plan.first) * text_bytes) for task in missing]
+    skipped = counts["text_bytes"] - sum(sizes)
+    for _ in progress(
+        workers.map(_build_shard, missing), label="shards", sizes=sizes, skipped=skipped
+    ):
+        pass
+    receipts = {
+        task.path.name: json.loads(task.receipt.read_text(encoding="utf-8")) for task in tasks
+    }
+    records = {name: FileRecord(**receipt.pop("record")) for name, receipt in receipts.items()}
+    totals: collections.Counter[str] = collections.Counter()
+    for name, receipt in receipts.items():
+        totals.update(receipt, bytes=records[name].num_bytes)
+    return totals, records
+
+
+def _build_shard(task: _Task) -> None:
+    """Make one shard, in any process; the result depends on the task alone."""
+    documents = read_documents(task.pieces, task.first, task.end)
+    seed = f"{task.config.random_seed} {task.plan.split} {task.plan.number}"
+    record, filled = _write_instances(
+        task.path, documents, task.config.instances, task.vocabulary, random.Random(seed)
     )
-
-
-@functools.lru_cache(maxsize=1)
-def _tokenizer(vocab_file: Path, do_lower_case: bool) -> WordPieceTokenizer:
-    return WordPieceTokenizer.from_file(vocab_file, do_lower_case=do_lower_case)
-
-
-def _read_span(span: Span) -> list[str]:
-    with open(span.path, "rb") as file:
-        file.seek(span.offset)
-        text = file.read(span.num_bytes).decode("utf-8")
-    return [line for raw in text.split("\n") if (line := raw.strip())]
+    receipt = {"record": dataclasses.asdict(record), "rows": record.num_rows, "filled": filled}
+    write_json(task.receipt, receipt)
 
 
 def build_instances(
@@ -264,52 +292,62 @@ def build_instances(
         DataError: a file is not text, there are too few documents, or the disk is full.
     """
     started = time.monotonic()
-    documents = encode_documents(_read_as_reference(input_files), tokenizer)
-    arrays = create_instances(
-        documents, config, vocabulary_of(tokenizer), random.Random(random_seed)
+    documents = encode(_read_as_reference(input_files), tokenizer)[0]
+    record, filled = _write_instances(
+        output_file, documents, config, vocabulary_of(tokenizer), random.Random(random_seed)
     )
-    write_shard(output_file, arrays)
-    counts = _count(documents, arrays, tokenizer)
-    counts["bytes"] = output_file.stat().st_size
-    return _figures(counts, config.max_seq_length, time.monotonic() - started)
+    counts = {
+        "documents": documents.num_documents,
+        "sentences": documents.num_sentences,
+        "tokens": len(documents.tokens),
+        "unknown": int((documents.tokens == tokenizer.unk_id).sum()),
+    }
+    totals = {"rows": record.num_rows or 0, "filled": filled, "bytes": record.num_bytes}
+    return _summary(counts, totals, config, time.monotonic() - started)
 
 
-def _read_as_reference(files: Sequence[Path]) -> list[list[str]]:
-    """Lines and documents as the reference sees them: only a blank line ends a document, so one may
-    go on in the next file; any of the three line ends counts.
+def _read_as_reference(files: Sequence[Path]) -> bytes:
+    """Files as the reference sees them: only a blank line ends a document, so one may go on in the
+    next file.
     """
-    documents: list[list[str]] = [[]]
-    for path in files:
-        for raw in io.StringIO("".join(read_lines(path)), newline=None):
-            if line := raw.strip():
-                documents[-1].append(line)
-            else:
-                documents.append([])
-    return documents
+    texts = [read_range(Range(path, 0, stamp(path).num_bytes)) for path in files]
+    return b"".join(text if text.endswith(b"\n") else text + b"\n" for text in texts)
 
 
-def _count(
-    documents: Sequence[Document], arrays: dict[str, Array], tokenizer: WordPieceTokenizer
-) -> collections.Counter[str]:
-    sentences = [sentence for document in documents for sentence in document]
-    return collections.Counter(
-        documents=len(documents),
-        sentences=len(sentences),
-        tokens=sum(map(len, sentences)),
-        unknown=sum(sentence.count(tokenizer.unk_id) for sentence in sentences),
-        rows=len(arrays["input_ids"]),
-        filled=int(arrays["input_mask"].sum()),
-    )
+def _write_instances(
+    path: Path,
+    documents: Documents,
+    config: InstanceConfig,
+    vocabulary: Vocabulary,
+    rng: random.Random,
+) -> tuple[FileRecord, int]:
+    """Write the rows of some documents.
+
+    Returns:
+        What a manifest says of the file, and how many places of its rows are filled.
+    """
+    instances = create_instances(documents, config, vocabulary, rng)
+    filled = 0
+
+    def read(start: int, stop: int) -> dict[str, Any]:
+        nonlocal filled
+        arrays = instances.arrays(start, stop)
+        filled += int(arrays["input_mask"].sum())
+        return arrays
+
+    return write_rows(path, instances.num_rows, read), filled
 
 
-def _figures(counts: collections.Counter[str], seq_length: int, seconds: float) -> dict[str, Any]:
+def _summary(
+    counts: Mapping[str, int], totals: Mapping[str, int], config: InstanceConfig, seconds: float
+) -> dict[str, Any]:
     return {
         "documents": counts["documents"],
         "sentences": counts["sentences"],
         "tokens": counts["tokens"],
         "unknown_share": round(counts["unknown"] / counts["tokens"], 6),
-        "rows": counts["rows"],
-        "fill": round(counts["filled"] / (counts["rows"] * seq_length), 4),
-        "bytes": counts["bytes"],
+        "rows": totals["rows"],
+        "fill": round(totals["filled"] / (totals["rows"] * config.max_seq_length), 4),
+        "bytes": totals["bytes"],
         "seconds": round(seconds, 1),
     }

@@ -1,241 +1,62 @@
-"""Dumps, extracted text, plain text and JSON lines -> documents.
+"""Dumps, extracted text, plain text, JSON lines and tables -> documents.
 
 A reader yields documents in the order of the file and counts what it leaves out.
 """
 
-import bz2
-import collections
-import contextlib
-import dataclasses
-import gzip
-import html
+import io
+import itertools
 import json
-import lzma
-import os
 import re
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any
 
-from data_prep import wiki
+from data_prep import hub, tables, wiki
+from data_prep.config import Format, TextConfig
+from data_prep.hub import HubDataset
+from data_prep.prose import Document
+from data_prep.sources import Source, find_sources, local_source, opened, walk
+from data_prep.streams import COMPRESSIONS, OnRead
+from data_prep.wiki import Counts
 from zerobert.errors import DataError
 
-Format = Literal["auto", "wiki-dump", "wikiextractor", "text", "jsonl"]
-FORMATS: tuple[Format, ...] = ("auto", "wiki-dump", "wikiextractor", "text", "jsonl")
-Counts = collections.Counter[str]
-
-_OPENERS: dict[str, Callable[..., Any]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-}
 _FORMAT_OF_SUFFIX: dict[str, Format] = {
     ".xml": "wiki-dump",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    ".parquet": "parquet",
     ".txt": "text",
     ".md": "text",
 }
 _REFUSED_SUFFIXES = {
-    ".zst": "unpack it with `zstd -d` first",
     ".zip": "unpack it first",
     ".tar": "unpack it with `tar -x` first",
     ".7z": "unpack it first",
-    ".parquet": "write its text column as JSON lines first",
-    ".arrow": "write its text column as JSON lines first",
+    ".arrow": "name the folder that holds it, with --format hf",
 }
 _SNIFFED_BYTES = 4096
-# Text wrapped by hand is narrower than this; a longer line is a paragraph of its own.
-_WRAPPED_LINE_CHARACTERS = 100
-# WikiExtractor puts these where a formula or a piece of code was.
-_PLACEHOLDER = re.compile(r"\b(?:formula|codice)_\d+")
-# Tags that it leaves standing.
-_LEFT_TAG = re.compile(
-    r"<ref\b[^<>]*>[^<>]*</ref>|</?(?:br|ref|poem|div|span|small|center|blockquote|sub|sup)\b[^<>]*>"
-)
+_BLOCK_BYTES = 1 << 20
+# No book, page or record comes near; what does is many of them in one, or no text.
+_MAX_DOCUMENT_BYTES = 256 << 20
 _DOC_OPENING = re.compile(r"<doc\b[^>]*>")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Document:
-    """Raw text and what it is written in, so that any process can turn it into paragraphs.
-
-    Attributes:
-        namespaces: the dump's own names of what links may lead to without being prose (`Datei`).
-    """
-
-    text: str
-    form: Literal["lines", "plain", "markdown", "wikitext"]
-    namespaces: tuple[str, ...] = ()
-
-
-def find_inputs(paths: Sequence[Path]) -> list[Path]:
-    """Every file to read: those named, and in named folders those with a known suffix or none.
+def find_inputs(inputs: Sequence[str], config: TextConfig) -> list[Source] | list[HubDataset]:
+    """Every file to read, or every dataset: those named, and in named folders what can be read.
 
     Raises:
-        DataError: a path does not exist, or no file is found.
+        DataError: an input does not exist or can't be reached, or no file is found.
+        ConfigError: a kind of URL, or a part of a dataset, that there is not.
+        MissingDependencyError: an input needs a package that is not installed.
     """
-    found: dict[Path, None] = {}
-    for path in paths:
-        if not path.exists():
-            raise DataError(f"{path}: no such file or folder")
-        found.update(dict.fromkeys(_readable_files(path) if path.is_dir() else [path]))
-    if not found:
-        raise DataError(
-            f"no text file in {', '.join(map(str, paths))}; wanted files that end in "
-            f"{', '.join(_FORMAT_OF_SUFFIX)} (also .gz, .bz2, .xz) or in nothing"
-        )
-    return list(found)
-
-
-def _readable_files(folder: Path) -> Iterator[Path]:
-    for parent, names, files in os.walk(folder):
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        for name in sorted(files):
-            suffix = _format_suffix(Path(name))
-            if not name.startswith(".") and (not suffix or suffix in _FORMAT_OF_SUFFIX):
-                yield Path(parent, name)
-
-
-def _format_suffix(path: Path) -> str:
-    """The suffix in front of a compression's: `.xml` of `dump.xml.bz2`."""
-    if path.suffix.lower() in _OPENERS:
-        path = path.with_suffix("")
-    return path.suffix.lower()
-
-
-def detect_format(path: Path) -> Format:
-    """What a file holds, from its name and its first bytes.
-
-    Raises:
-        DataError: it can't be read, or is of a kind that is not served.
-    """
-    for suffix in (path.suffix.lower(), _format_suffix(path)):
-        if suffix in _REFUSED_SUFFIXES:
-            raise DataError(f"{path}: {suffix} is not read; {_REFUSED_SUFFIXES[suffix]}")
-    with _opened(path) as file:
-        head = file.read(_SNIFFED_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if head.startswith((b"<mediawiki", b"<?xml", b"<!DOCTYPE")):
-        return "wiki-dump"
-    if head.startswith(b"<doc "):
-        return "wikiextractor"
-    if head.startswith(b"{"):
-        extracted = b"?curid=" in head.split(b"\n", 1)[0]  # in the address of every page
-        return "wikiextractor" if extracted else "jsonl"
-    return _FORMAT_OF_SUFFIX.get(_format_suffix(path), "text")
-
-
-def read_documents(
-    path: Path, *, file_format: Format, text_field: str, counts: Counts
-) -> Iterator[Document]:
-    """The documents of one file; `counts` learns what is left out.
-
-    Raises:
-        DataError: the file is damaged, or is not what the format says.
-    """
-    if file_format == "auto":
-        file_format = detect_format(path)
-    if file_format == "wiki-dump":
-        with _opened(path) as file:
-            for page in wiki.read_pages(file, where=str(path), counts=counts):
-                yield Document(text=page.text, form="wikitext", namespaces=page.namespaces)
-    elif file_format == "text":
-        form: Literal["markdown", "plain"] = "plain"
-        if _format_suffix(path) == ".md":
-            form = "markdown"
-        yield Document(text="".join(read_lines(path)), form=form)
-    elif file_format == "jsonl":
-        for record in _read_records(path, text_field):
-            yield Document(text=record[text_field], form="plain")
-    else:
-        yield from _read_extracted(path)
-
-
-def _read_records(path: Path, text_field: str) -> Iterator[dict[str, Any]]:
-    """The objects of JSON lines, each with text in the field."""
-    for number, line in enumerate(read_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON: {error.msg}") from error
-        text = record.get(text_field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise DataError(
-                f"{path}, line {number}: wanted text in the field {text_field!r}, got {keys}; "
-                "name the field with --text_field"
-            )
-        yield record
-
-
-def _read_extracted(path: Path) -> Iterator[Document]:
-    """WikiExtractor's two forms: `<doc ...>` blocks that start with the title, and JSON lines."""
-    if _starts_with_brace(path):
-        for record in _read_records(path, "text"):
-            text = record["text"].removeprefix(f"{record.get('title')}\n")
-            yield Document(text=_clean_extracted(text), form="lines")
-        return
-    body: list[str] | None = None
-    for number, line in enumerate(read_lines(path), start=1):
-        if _DOC_OPENING.match(line):
-            body = []
-        elif line.startswith("</doc>") and body is not None:
-            yield Document(text=_clean_extracted("".join(body[1:])), form="lines")
-            body = None
-        elif body is not None:
-            body.append(line)
-        elif line.strip():
-            raise DataError(f"{path}, line {number}: wanted <doc ...>, got {line.strip()[:40]!r}")
-    if body is not None:
-        raise DataError(f"{path} ends inside a document: </doc> is missing; extract it again")
-
-
-def _starts_with_brace(path: Path) -> bool:
-    return next((line for line in read_lines(path) if line.strip()), "").lstrip().startswith("{")
-
-
-def _clean_extracted(text: str) -> str:
-    return wiki.tidy(_LEFT_TAG.sub("", _PLACEHOLDER.sub("", html.unescape(text))))
-
-
-def paragraphs(document: Document, counts: Counts) -> list[str]:
-    """A document's paragraphs, markup gone; `counts` learns what had to be dropped."""
-    if document.form == "wikitext":
-        return wiki.paragraphs(document.text, namespaces=document.namespaces, counts=counts)
-    if document.form == "lines":
-        return document.text.splitlines()
-    text = _strip_markdown(document.text) if document.form == "markdown" else document.text
-    blocks = re.split(r"\n[^\S\n]*\n", text)
-    return [paragraph for block in blocks for paragraph in _unwrapped(block.splitlines())]
-
-
-def _unwrapped(lines: list[str]) -> list[str]:
-    """Lines that were wrapped by hand become one paragraph; long lines are one each."""
-    if all(len(line) <= _WRAPPED_LINE_CHARACTERS for line in lines):
-        return [" ".join(lines)]
-    return lines
-
-
-_MARKDOWN = [
-    (re.compile(r"^(```|~~~).*?^\1[^\n]*$", re.MULTILINE | re.DOTALL), ""),  # fenced code
-    (re.compile(r"!\[[^\]\n]*\]\([^)\n]*\)"), ""),  # images
-    (re.compile(r"\[([^\]\n]*)\]\([^)\n]*\)"), r"\1"),  # links
-    (re.compile(r"<[/a-zA-Z!][^>\n]*>"), ""),  # HTML
-    (re.compile(r"^[ \t]*(?:#{1,6}[ \t]+(.*?)[ \t#]*)$", re.MULTILINE), r"\n\1\n"),  # headings
-    (re.compile(r"^[ \t]*(?:>[ \t]?|[-*+][ \t]+|\d+[.)][ \t]+)", re.MULTILINE), ""),  # lists
-    (re.compile(r"^[ \t]*(?:[-*_=][ \t]*){3,}$", re.MULTILINE), ""),  # rules
-    (re.compile(r"(?<!\w)(\*\*\*|\*\*|\*|__|_|`)(?=\S)([^\n]*?\S)\1(?!\w)"), r"\2"),  # emphasis
-    (re.compile(r"\\([\\`*_{}\[\]()#+.!>-])"), r"\1"),  # escapes
-]
-
-
-def _strip_markdown(text: str) -> str:
-    for pattern, replacement in _MARKDOWN:
-        text = pattern.sub(replacement, text)
-    return html.unescape(text)
+    if config.format == "hf":
+        return hub.find_datasets(inputs, config)
+    if found := find_sources(inputs, _FORMAT_OF_SUFFIX):
+        return found
+    raise DataError(
+        f"no text file in {', '.join(inputs)}; wanted files that end in "
+        f"{', '.join(_FORMAT_OF_SUFFIX)} (also {', '.join(COMPRESSIONS)}) or in nothing"
+    )
 
 
 def text_files(folder: Path) -> list[Path]:
@@ -244,12 +65,142 @@ def text_files(folder: Path) -> list[Path]:
     Raises:
         DataError: there are none.
     """
-    files = [path for path in _readable_files(folder) if path.suffix == ".txt"]
+    files = [path for path in walk(folder, _FORMAT_OF_SUFFIX) if path.suffix == ".txt"]
     if not files:
         raise DataError(
             f"{folder}: no .txt file; `python -m data_prep text --output_dir {folder}` makes them"
         )
     return files
+
+
+def detect_format(source: Source, head: bytes) -> Format:
+    """What a file holds, from its name and its first bytes.
+
+    Raises:
+        DataError: it is of a kind that is not served.
+    """
+    for suffix in (Path(source.path).suffix.lower(), source.suffix):
+        if suffix in _REFUSED_SUFFIXES:
+            raise DataError(f"{source.name}: {suffix} is not read; {_REFUSED_SUFFIXES[suffix]}")
+    if head.startswith(tables.PARQUET_MAGIC):
+        return "parquet"
+    head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if head.startswith((b"<mediawiki", b"<?xml", b"<!DOCTYPE")):
+        return "wiki-dump"
+    if head.startswith(b"<doc "):
+        return "wikiextractor"
+    if head.startswith(b"{"):
+        extracted = b"?curid=" in head.split(b"\n", 1)[0]  # in the address of every page
+        return "wikiextractor" if extracted else "jsonl"
+    return _FORMAT_OF_SUFFIX.get(source.suffix, "text")
+
+
+def read_documents(
+    source: Source | HubDataset,
+    config: TextConfig,
+    counts: Counts,
+    on_read: OnRead | None = None,
+) -> Iterator[Document]:
+    """The documents of one input; `counts` learns what is left out.
+
+    Raises:
+        DataError: the input is damaged, or is not what the format says.
+    """
+    if isinstance(source, HubDataset):
+        yield from map(_plain, hub.read_texts(source, config.text_field, on_read))
+        return
+    with opened(source, on_read) as file:
+        head = file.peek(_SNIFFED_BYTES)[:_SNIFFED_BYTES]
+        file_format = detect_format(source, head) if config.format == "auto" else config.format
+        if file_format == "wiki-dump":
+            for page in wiki.read_pages(file, where=source.name, counts=counts):
+                yield Document(text=page.text, form="wikitext", namespaces=page.namespaces)
+        elif file_format == "jsonl":
+            for record in _read_records(file, source.name, config.text_field):
+                yield _plain(record[config.text_field])
+        elif file_format == "wikiextractor":
+            yield from _read_extracted(file, source.name, is_json=head.lstrip()[:1] == b"{")
+        elif file_format == "text":
+            yield from _read_text(file, source, config)
+    if file_format == "parquet":
+        yield from map(_plain, tables.read_texts(source, config.text_field, on_read))
+
+
+def _plain(text: str | None) -> Document:
+    """A table's cell; a null is as good as empty text."""
+    return Document(text=text or "", form="plain")
+
+
+def _read_text(file: io.BufferedReader, source: Source, config: TextConfig) -> Iterator[Document]:
+    if source.suffix == ".md":
+        yield Document(text=_joined(_blocks(file, source.name), source.name), form="markdown")
+    elif config.document_break == "file":
+        yield Document(text=_joined(_blocks(file, source.name), source.name), form="plain")
+    else:
+        lines = _lines(file, source.name)
+        for line in lines:
+            if line.strip():
+                yield _plain(_joined(_up_to_blank(line, lines), source.name))
+
+
+def _up_to_blank(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from itertools.takewhile(str.strip, rest)
+
+
+def _joined(pieces: Iterable[str], where: str) -> str:
+    """The pieces of one document as one text."""
+    kept, num_characters = [], 0
+    for piece in pieces:
+        kept.append(piece)
+        num_characters += len(piece)
+        if num_characters > _MAX_DOCUMENT_BYTES:
+            raise DataError(
+                f"{where} holds a document of more than {_MAX_DOCUMENT_BYTES >> 20} MiB; if blank "
+                "lines end its documents, say so with --document_break blank_line, else split it"
+            )
+    return "".join(kept)
+
+
+def _read_records(file: io.BufferedReader, where: str, text_field: str) -> Iterator[dict[str, Any]]:
+    """The objects of JSON lines, each with text, or with null, in the field."""
+    for number, line in enumerate(_lines(file, where), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            raise DataError(f"{where}, line {number}: not JSON: {reason}") from error
+        if not isinstance(record, dict) or not isinstance(record.get(text_field, 0), str | None):
+            keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            raise DataError(
+                f"{where}, line {number}: wanted text in the field {text_field!r}, got {keys}; "
+                "name the field with --text_field"
+            )
+        yield record
+
+
+def _read_extracted(file: io.BufferedReader, where: str, *, is_json: bool) -> Iterator[Document]:
+    """WikiExtractor's two forms: `<doc ...>` blocks that start with the title, and JSON lines."""
+    if is_json:
+        for record in _read_records(file, where, "text"):
+            text = (record["text"] or "").removeprefix(f"{record.get('title')}\n")
+            yield Document(text=text, form="wikiextractor")
+        return
+    body: list[str] | None = None
+    for number, line in enumerate(_lines(file, where), start=1):
+        if line.startswith("<doc") and _DOC_OPENING.match(line):
+            body = []
+        elif line.startswith("</doc>") and body is not None:
+            yield Document(text="".join(body[1:]), form="wikiextractor")
+            body = None
+        elif body is not None:
+            body.append(line)
+        elif line.strip():
+            raise DataError(f"{where}, line {number}: wanted <doc ...>, got {line.strip()[:40]!r}")
+    if body is not None:
+        raise DataError(f"{where} ends inside a document: </doc> is missing; extract it again")
 
 
 def read_lines(path: Path) -> Iterator[str]:
@@ -258,15 +209,33 @@ def read_lines(path: Path) -> Iterator[str]:
     Raises:
         DataError: the file can't be read, is damaged, or is not text; names the place.
     """
+    source = local_source(path)
+    with opened(source) as file:
+        yield from _lines(file, source.name)
+
+
+def _lines(file: io.BufferedReader, where: str) -> Iterator[str]:
+    for block in _blocks(file, where):
+        yield from io.StringIO(block, newline="\n")
+
+
+def _blocks(file: io.BufferedReader, where: str) -> Iterator[str]:
+    """Text in pieces of whole lines, which take a tenth of the time of single ones."""
     offset = 0
-    with _opened(path) as file:
-        for line in file:
-            text = decode(line, where=path, offset=offset)
-            yield text if offset else text.removeprefix("\ufeff")
-            offset += len(line)
+    while block := file.read(_BLOCK_BYTES):
+        if not block.endswith(b"\n"):
+            block += file.readline(_MAX_DOCUMENT_BYTES)
+        if len(block) > _MAX_DOCUMENT_BYTES:
+            raise DataError(
+                f"{where} has a line of more than {_MAX_DOCUMENT_BYTES >> 20} MiB after byte "
+                f"{offset}, which is no text; leave it out"
+            )
+        text = decode(block, where=where, offset=offset)
+        yield text if offset else text.removeprefix("\ufeff")
+        offset += len(block)
 
 
-def decode(raw: bytes, *, where: Path, offset: int) -> str:
+def decode(raw: bytes, *, where: Path | str, offset: int) -> str:
     """Bytes of a text file as text.
 
     Args:
@@ -285,15 +254,3 @@ def decode(raw: bytes, *, where: Path, offset: int) -> str:
     if "\0" in text:
         raise DataError(f"{where} is not text: a NUL at byte {offset + raw.index(0)}; leave it out")
     return text
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file, decompressed; whatever goes wrong while it is read names it."""
-    try:
-        with _OPENERS.get(path.suffix.lower(), open)(path, "rb") as file:
-            yield file
-    except (EOFError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{path} is cut short or damaged ({error}); fetch it again") from error
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror or error}") from error

@@ -1,54 +1,55 @@
 """The `text` command: sources of any format -> a folder of sentences."""
 
 import collections
+import contextlib
 import dataclasses
+import importlib.metadata
 import itertools
-import time
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from data_prep import corpus, sentences
-from data_prep.corpus import Counts, Document, Format
+from tqdm import tqdm
+
+import zerobert
+from data_prep import corpus, prose, sentences
+from data_prep.config import TextConfig
 from data_prep.folders import is_done
-from data_prep.parallel import ordered_map, progress
+from data_prep.hub import HubDataset
+from data_prep.parallel import pool
+from data_prep.parts import Piece, Place, Progress, load_progress, write_parts
+from data_prep.prose import Document
+from data_prep.sources import Source, check_unchanged, identify
+from data_prep.wiki import Counts
 from zerobert.errors import DataError
-from zerobert.manifest import read_manifest, sha256_file, staged_folder, write_manifest, writing
+from zerobert.manifest import read_manifest, resumable_folder, write_manifest
 
 KIND = "text"
-_PART_BYTES = 64 << 20
 # A worker's bite: enough that handing it over costs little.
 _BATCH_CHARACTERS = 1 << 18
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TextConfig:
-    """How text is read; the names are the flags'."""
-
-    format: Format = "auto"
-    text_field: str = "text"
-    language: str = "en"
-
-    def __post_init__(self) -> None:
-        sentences.check_language(self.language)
+# What a document costs besides its text.
+_DOCUMENT_CHARACTERS = 64
+# Another version of these may split another way: its parts can't stand beside this one's.
+_SPLITTERS = ("mwparserfromhell", "sentencex")
 
 
 class _Batch(NamedTuple):
-    documents: list[Document]
+    documents: list[tuple[Place, Document]]
     language: str
 
 
-class _Split(NamedTuple):
-    documents: list[list[str]]
-    counts: Counts
-
-
 def extract_text(
-    inputs: Sequence[Path], output_dir: Path, config: TextConfig, *, workers: int
+    inputs: Sequence[str], output_dir: Path, config: TextConfig, *, workers: int
 ) -> dict[str, Any]:
     """Fill a folder with `part_*.txt`: one sentence a line, a blank line between documents.
 
-    A folder that already holds this is left as it is.
+    A folder that already holds this is left as it is. What was broken off goes on after its last
+    complete part, and ends in the same bytes.
+
+    Args:
+        inputs: files, folders and URLs; with `config.format` "hf" names of datasets.
 
     Returns:
         The manifest's summary.
@@ -56,97 +57,139 @@ def extract_text(
     Raises:
         DataError: an input is missing, damaged or not what it should be, or there is no text in it.
         ConfigError: the output folder holds something else.
+        MissingDependencyError: an input needs a package that is not installed.
     """
-    started = time.monotonic()
-    files = corpus.find_inputs(inputs)
-    hashes = {str(path): _hash(path) for path in files}
+    sources = corpus.find_inputs(inputs, config)
+    hashes = _identify(sources)
     settings = dataclasses.asdict(config)
     if is_done(output_dir, kind=KIND, config=settings, inputs=hashes):
         return read_manifest(output_dir).summary
-    counts: Counts = collections.Counter()
-    with staged_folder(output_dir) as staging:
-        documents = _all_sentences(_batches(files, config, counts), workers, counts)
-        _write_parts(
-            staging, progress(documents, label="text", total=None, unit=" documents"), counts
-        )
-        if counts["documents"] == 0:
+    identity = {"config": settings, "inputs": list(hashes.values()), "versions": _versions()}
+    with resumable_folder(output_dir, identity) as folder, _cleared_if_useless(folder):
+        start = load_progress(folder)
+        if start.files:
+            print(f"text: going on after {len(start.files)} complete parts", file=sys.stderr)
+        left_out = _LeftOut(start, len(sources))
+        batches = _batches(_documents(sources, config, start.place, left_out), config.language)
+        with pool(workers) as processes:
+            pieces = itertools.chain.from_iterable(processes.map(_split, batches))
+            end = write_parts(folder, pieces, start, left_out.before)
+        counts = left_out.before(len(sources)) + collections.Counter(end.counts)
+        if not end.files:
             raise DataError(
-                f"no text in {', '.join(map(str, inputs))}: "
+                f"no text in {', '.join(source.name for source in sources)}: "
                 + (_listed(counts) or "no document was found")
             )
-        summary = {**dict(sorted(counts.items())), "seconds": round(time.monotonic() - started, 1)}
-        write_manifest(staging, kind=KIND, config=settings, inputs=hashes, summary=summary)
+        summary = {**dict(sorted(counts.items())), "seconds": round(end.seconds, 1)}
+        write_manifest(
+            folder, kind=KIND, config=settings, inputs=hashes, known=end.files, summary=summary
+        )
     return summary
 
 
-def _hash(path: Path) -> str:
+def _identify(sources: Sequence[Source | HubDataset]) -> dict[str, str]:
+    """What identifies each input; says which hold the same, whose text will count twice."""
+    names: dict[str, str] = {}
+    hashes: dict[str, str] = {}
+    num_bytes = sum(source.num_bytes for source in sources)
+    with _bar("text: looking through the input", num_bytes, leave=False) as bar:
+        for source in sources:
+            stamp = identify(source, bar.update) if isinstance(source, Source) else source.stamp
+            hashes[source.name] = stamp
+            if source.num_bytes and names.setdefault(stamp, source.name) != source.name:
+                print(f"warning: {source.name} holds the same as {names[stamp]}", file=sys.stderr)
+    return hashes
+
+
+def _versions() -> dict[str, str]:
+    known = {name: importlib.metadata.version(name) for name in _SPLITTERS}
+    return {"zerobert": zerobert.__version__, **known}
+
+
+@contextlib.contextmanager
+def _cleared_if_useless(folder: Path) -> Iterator[None]:
+    """Leave nothing behind by a failure before the first part is complete."""
     try:
-        return sha256_file(path)
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror or error}") from error
+        yield
+    except BaseException:
+        if not load_progress(folder).files:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
-def _listed(counts: Counts) -> str:
+def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()) if count)
 
 
-def _batches(files: Iterable[Path], config: TextConfig, counts: Counts) -> Iterator[_Batch]:
-    documents = itertools.chain.from_iterable(
-        corpus.read_documents(
-            path, file_format=config.format, text_field=config.text_field, counts=counts
-        )
-        for path in files
+def _bar(label: str, num_bytes: int, *, leave: bool = True) -> "tqdm[Any]":
+    """A bar of bytes on stderr, where that is a terminal."""
+    return tqdm(
+        desc=label,
+        total=num_bytes or None,
+        unit="B",
+        unit_scale=True,
+        disable=None,
+        leave=leave,
+        mininterval=0.5,
     )
-    batch: list[Document] = []
+
+
+class _LeftOut:
+    """What readers leave out, by source: to go on inside one, it is read again from its start."""
+
+    def __init__(self, start: Progress, num_sources: int) -> None:
+        self._first = start.place.source
+        self._before: Counts = collections.Counter(start.left_out)
+        self.of_source: list[Counts] = [collections.Counter() for _ in range(num_sources)]
+
+    def before(self, source: int) -> Counts:
+        """The counts of all sources before this one."""
+        return sum(self.of_source[self._first : source], start=collections.Counter(self._before))
+
+
+def _documents(
+    sources: Sequence[Source | HubDataset], config: TextConfig, start: Place, left_out: _LeftOut
+) -> Iterator[tuple[Place, Document]]:
+    """The documents from a place on, with theirs; the bar shows how far the reader is."""
+    ends = list(itertools.accumulate(source.num_bytes for source in sources))
+    with _bar("text", ends[-1]) as bar:
+        for index in range(start.source, len(sources)):
+            source, first = sources[index], start.document if index == start.source else 0
+            bar.update(ends[index] - source.num_bytes - bar.n)
+            documents = corpus.read_documents(source, config, left_out.of_source[index], bar.update)
+            for number, document in enumerate(documents):
+                if number >= first:
+                    yield Place(index, number), document
+            bar.update(ends[index] - bar.n)
+            if isinstance(source, Source):
+                check_unchanged(source)
+
+
+def _batches(documents: Iterable[tuple[Place, Document]], language: str) -> Iterator[_Batch]:
+    batch: list[tuple[Place, Document]] = []
     num_characters = 0
-    for document in documents:
-        batch.append(document)
-        num_characters += len(document.text)
+    for place, document in documents:
+        batch.append((place, document))
+        num_characters += len(document.text) + _DOCUMENT_CHARACTERS
         if num_characters >= _BATCH_CHARACTERS:
-            yield _Batch(batch, config.language)
+            yield _Batch(batch, language)
             batch, num_characters = [], 0
     if batch:
-        yield _Batch(batch, config.language)
+        yield _Batch(batch, language)
 
 
-def _split_batch(batch: _Batch) -> _Split:
+def _split(batch: _Batch) -> list[Piece]:
+    return [_piece(place, document, batch.language) for place, document in batch.documents]
+
+
+def _piece(place: Place, document: Document, language: str) -> Piece:
     counts: Counts = collections.Counter()
-    documents = []
-    for document in batch.documents:
-        lines = sentences.split(corpus.paragraphs(document, counts), batch.language)
-        if lines:
-            documents.append(lines)
-        else:
-            counts["empty documents"] += 1
-    return _Split(documents, counts)
-
-
-def _all_sentences(batches: Iterable[_Batch], workers: int, counts: Counts) -> Iterator[list[str]]:
-    for split in ordered_map(_split_batch, batches, workers=workers):
-        counts.update(split.counts)
-        yield from split.documents
-
-
-def _write_parts(folder: Path, documents: Iterator[list[str]], counts: Counts) -> None:
-    """Write documents in order, a new file each time one is full."""
-    for number in itertools.count():
-        first = next(documents, None)
-        if first is None:
-            return
-        path = folder / f"part_{number:05d}.txt"
-        with writing(path), open(path, "wb") as file:
-            _fill_part(file, itertools.chain([first], documents), counts)
-
-
-def _fill_part(file: IO[bytes], documents: Iterator[list[str]], counts: Counts) -> None:
-    num_bytes = 0
-    for lines in documents:
-        raw = "".join(f"{line}\n" for line in [*lines, ""]).encode()
-        file.write(raw)
-        num_bytes += len(raw)
-        counts["documents"] += 1
-        counts["sentences"] += len(lines)
-        counts["words"] += sum(line.count(" ") + 1 for line in lines)
-        counts["bytes"] += len(raw)
-        if num_bytes >= _PART_BYTES:
-            return
+    lines = sentences.split(prose.paragraphs(document, counts), language)
+    if not lines:
+        counts["empty documents"] += 1
+        return Piece(place, b"", counts)
+    raw = ("\n".join(lines) + "\n\n").encode()
+    # Sentences have single blanks, so that a word is what a blank or a line's end follows.
+    num_words = raw.count(b" ") + len(lines)
+    counts.update(documents=1, sentences=len(lines), words=num_words, bytes=len(raw))
+    return Piece(place, raw, counts)

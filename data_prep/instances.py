@@ -4,72 +4,155 @@ Every draw comes from one `random.Random`, in the reference's order, so that the
 and seed give the same rows. A habit of the reference that looks like a slip is kept: where ten
 draws for another document all hit this one, the row is labelled "actual next" though it is not.
 
+native/instances.c does the same, many times faster; what follows `create_rows_plainly` is its twin.
+
 Source: NVIDIA DeepLearningExamples, PyTorch/LanguageModeling/BERT/create_pretraining_data.py; for
 whole words, create_pretraining_data.py of google-research/bert.
 """
 
-import dataclasses
+import itertools
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.wordpiece import Document, Sentence
-from zerobert.errors import ConfigError, DataError
-from zerobert.shards import DTYPES
+from data_prep import native
+from data_prep.config import InstanceConfig
+from data_prep.wordpiece import Documents
+from zerobert.errors import DataError
+from zerobert.shards import DTYPES, array_shapes
 from zerobert.tokenizer import CONTINUATION, WordPieceTokenizer
 
-# [CLS] a [SEP] b [SEP] with one piece each.
-_MIN_SEQ_LENGTH = 5
 _RANDOM_DOCUMENT_DRAWS = 10
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class InstanceConfig:
-    """How rows are made; the names are the flags'."""
-
-    max_seq_length: int = 128
-    max_predictions_per_seq: int = 20
-    masked_lm_prob: float = 0.15
-    short_seq_prob: float = 0.1
-    dupe_factor: int = 5
-    whole_word_mask: bool = False
-    no_nsp: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_seq_length < _MIN_SEQ_LENGTH:
-            raise ConfigError(
-                f"--max_seq_length: wanted at least {_MIN_SEQ_LENGTH}, got {self.max_seq_length}"
-            )
-        if not 1 <= self.max_predictions_per_seq <= self.max_seq_length:
-            raise ConfigError(
-                f"--max_predictions_per_seq: wanted 1 to the sequence's {self.max_seq_length}, "
-                f"got {self.max_predictions_per_seq}"
-            )
-        if self.dupe_factor < 1:
-            raise ConfigError(f"--dupe_factor: wanted at least 1, got {self.dupe_factor}")
-        for name in ("masked_lm_prob", "short_seq_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(
-                    f"--{name}: wanted a probability from 0 to 1, got {getattr(self, name)}"
-                )
-
-    @property
-    def min_documents(self) -> int:
-        """How many documents a file needs: a random next sentence comes from another one."""
-        return 1 if self.no_nsp else 2
+Sentence = list[int]
+Document = list[Sentence]
+Array = npt.NDArray[Any]
 
 
 class Vocabulary(NamedTuple):
-    """What instances need to know of a tokenizer."""
+    """What rows need to know of a tokenizer."""
 
     size: int
     cls_id: int
     sep_id: int
     mask_id: int
-    continues: list[bool]  # by id: whether the piece goes on with the word before it
+    continues: npt.NDArray[np.bool_]  # by id: whether the piece goes on with the word before it
+
+
+def vocabulary_of(tokenizer: WordPieceTokenizer) -> Vocabulary:
+    """The few facts about a vocabulary that rows are made with."""
+    return Vocabulary(
+        size=len(tokenizer.vocab),
+        cls_id=tokenizer.cls_id,
+        sep_id=tokenizer.sep_id,
+        mask_id=tokenizer.mask_id,
+        continues=np.array([token.startswith(CONTINUATION) for token in tokenizer.vocab]),
+    )
+
+
+class _Rows(Protocol):
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int, arrays: Sequence[Array]) -> None: ...
+
+
+class Instances(NamedTuple):
+    """The rows of a shard, which become arrays where they are read."""
+
+    rows: _Rows
+    config: InstanceConfig
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows there are."""
+        return len(self.rows)
+
+    def arrays(self, start: int = 0, stop: int | None = None) -> dict[str, Array]:
+        """The six arrays of a shard, from row `start` to before `stop`."""
+        stop = self.num_rows if stop is None else stop
+        shapes = array_shapes(
+            stop - start, self.config.max_seq_length, self.config.max_predictions_per_seq
+        )
+        arrays = {name: np.zeros(shapes[name], dtype) for name, dtype in DTYPES.items()}
+        self.rows.read(start, stop, list(arrays.values()))
+        return arrays
+
+
+def create_instances(
+    documents: Documents, config: InstanceConfig, vocabulary: Vocabulary, rng: random.Random
+) -> Instances:
+    """The rows of a shard.
+
+    Args:
+        documents: without empty sentences and empty documents.
+        rng: where the draws come from; do not use it further.
+
+    Raises:
+        DataError: too few documents for a random next sentence.
+    """
+    if documents.num_documents < config.min_documents:
+        raise DataError(
+            f"wanted at least {config.min_documents} documents with text, got "
+            f"{documents.num_documents}: a random next sentence comes from another document (a "
+            "blank line separates them); give more text, or turn the pairs off with --no_nsp"
+        )
+    create = _create_natively if native.is_available() else create_rows_plainly
+    return Instances(create(documents, config, vocabulary, rng), config)
+
+
+def _create_natively(
+    documents: Documents, config: InstanceConfig, vocabulary: Vocabulary, rng: random.Random
+) -> _Rows:
+    rules = native.Rules(
+        seq_length=config.max_seq_length,
+        max_predictions=config.max_predictions_per_seq,
+        num_passes=config.dupe_factor,
+        short_seq_prob=config.short_seq_prob,
+        no_nsp=config.no_nsp,
+        whole_word_mask=config.whole_word_mask,
+        num_masks=np.array(
+            [_num_masks(length, config) for length in range(config.max_seq_length + 1)], np.int64
+        ),
+        vocab_size=vocabulary.size,
+        cls_id=vocabulary.cls_id,
+        sep_id=vocabulary.sep_id,
+        mask_id=vocabulary.mask_id,
+        continues=vocabulary.continues,
+    )
+    return native.Rows(*documents, rules, rng.getstate()[1])
+
+
+def _num_masks(num_tokens: int, config: InstanceConfig) -> int:
+    wanted = max(1, round(num_tokens * config.masked_lm_prob))
+    return min(config.max_predictions_per_seq, wanted)
+
+
+def create_rows_plainly(
+    documents: Documents, config: InstanceConfig, vocabulary: Vocabulary, rng: random.Random
+) -> _Rows:
+    """The plain twin of the compiled code."""
+    shuffled = _as_lists(documents)
+    rng.shuffle(shuffled)
+    make_pairs = _single_segments if config.no_nsp else _pairs
+    rows = _PlainRows(
+        _masked_row(pair, config, vocabulary, rng)
+        for _ in range(config.dupe_factor)
+        for index in range(len(shuffled))
+        for pair in make_pairs(shuffled, index, config, rng)
+    )
+    rng.shuffle(rows)
+    return rows
+
+
+def _as_lists(documents: Documents) -> list[Document]:
+    tokens, sentences, starts = (array.tolist() for array in documents)
+    return [
+        [tokens[sentences[i] : sentences[i + 1]] for i in range(first, end)]
+        for first, end in itertools.pairwise(starts)
+    ]
 
 
 class _Pair(NamedTuple):
@@ -86,48 +169,18 @@ class _Row(NamedTuple):
     label: int
 
 
-def vocabulary_of(tokenizer: WordPieceTokenizer) -> Vocabulary:
-    """The few facts about a vocabulary that rows are made with."""
-    return Vocabulary(
-        size=len(tokenizer.vocab),
-        cls_id=tokenizer.cls_id,
-        sep_id=tokenizer.sep_id,
-        mask_id=tokenizer.mask_id,
-        continues=[token.startswith(CONTINUATION) for token in tokenizer.vocab],
-    )
-
-
-def create_instances(
-    documents: Sequence[Document],
-    config: InstanceConfig,
-    vocabulary: Vocabulary,
-    rng: random.Random,
-) -> dict[str, npt.NDArray[Any]]:
-    """The six arrays of a shard.
-
-    Args:
-        documents: without empty sentences and empty documents.
-
-    Raises:
-        DataError: too few documents for a random next sentence.
-    """
-    if len(documents) < config.min_documents:
-        raise DataError(
-            f"wanted at least {config.min_documents} documents with text, got {len(documents)}: a "
-            "random next sentence comes from another document (a blank line separates them); "
-            "give more text, or turn the pairs off with --no_nsp"
-        )
-    shuffled = list(documents)
-    rng.shuffle(shuffled)
-    make_pairs = _single_segments if config.no_nsp else _pairs
-    rows = [
-        _masked_row(pair, config, vocabulary, rng)
-        for _ in range(config.dupe_factor)
-        for index in range(len(shuffled))
-        for pair in make_pairs(shuffled, index, config, rng)
-    ]
-    rng.shuffle(rows)
-    return _as_arrays(rows, config)
+class _PlainRows(list[_Row]):
+    def read(self, start: int, stop: int, arrays: Sequence[Array]) -> None:
+        """Write the rows from `start` to before `stop` into arrays of zeros."""
+        ids, mask, segments, positions, answers, labels = arrays
+        for i, row in enumerate(self[start:stop]):
+            end, num_masked = len(row.ids), len(row.positions)
+            ids[i, :end] = row.ids
+            mask[i, :end] = 1
+            segments[i, row.second_start : end] = 1
+            positions[i, :num_masked] = row.positions
+            answers[i, :num_masked] = row.answers
+            labels[i] = row.label
 
 
 def _pairs(
@@ -239,9 +292,7 @@ def _mask(
     """
     units = _units(ids, config, vocabulary)
     rng.shuffle(units)
-    num_wanted = min(
-        config.max_predictions_per_seq, max(1, round(len(ids) * config.masked_lm_prob))
-    )
+    num_wanted = _num_masks(len(ids), config)
     answers: dict[int, int] = {}
     for unit in units:
         if len(answers) >= num_wanted:
@@ -271,24 +322,3 @@ def _units(ids: list[int], config: InstanceConfig, vocabulary: Vocabulary) -> li
             units.append([position])
             follows_word = True
     return units
-
-
-def _as_arrays(rows: Sequence[_Row], config: InstanceConfig) -> dict[str, npt.NDArray[Any]]:
-    num_rows, length, width = len(rows), config.max_seq_length, config.max_predictions_per_seq
-    arrays = {
-        "input_ids": np.zeros((num_rows, length), DTYPES["input_ids"]),
-        "input_mask": np.zeros((num_rows, length), DTYPES["input_mask"]),
-        "segment_ids": np.zeros((num_rows, length), DTYPES["segment_ids"]),
-        "masked_lm_positions": np.zeros((num_rows, width), DTYPES["masked_lm_positions"]),
-        "masked_lm_ids": np.zeros((num_rows, width), DTYPES["masked_lm_ids"]),
-        "next_sentence_labels": np.zeros(num_rows, DTYPES["next_sentence_labels"]),
-    }
-    for i, row in enumerate(rows):
-        end, num_masked = len(row.ids), len(row.positions)
-        arrays["input_ids"][i, :end] = row.ids
-        arrays["input_mask"][i, :end] = 1
-        arrays["segment_ids"][i, row.second_start : end] = 1
-        arrays["masked_lm_positions"][i, :num_masked] = row.positions
-        arrays["masked_lm_ids"][i, :num_masked] = row.answers
-        arrays["next_sentence_labels"][i] = row.label
-    return arrays

@@ -3,13 +3,20 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from data_prep.parallel import progress
 from zerobert.errors import ConfigError, DataError, ManifestError
-from zerobert.manifest import MANIFEST_NAME, find_problems, is_complete, read_manifest
+from zerobert.manifest import (
+    MANIFEST_NAME,
+    find_problems,
+    is_complete,
+    leftovers,
+    read_manifest,
+)
 from zerobert.shards import (
     SUFFIXES,
     Array,
@@ -49,12 +56,12 @@ class Statistics:
         self.files += 1
         self.rows += len(positions)
         self.places += arrays["input_ids"].size
-        self.filled += int(arrays["input_mask"].sum())
-        self.answers += int(asked.sum())
-        self.masked += int((asked & (shown == mask_id)).sum())
-        self.kept += int((asked & (shown == answers)).sum())
-        self.random_next += int(arrays["next_sentence_labels"].sum())
-        self.used[np.unique(arrays["input_ids"])] = True
+        self.filled += int(np.count_nonzero(arrays["input_mask"]))
+        self.answers += int(np.count_nonzero(asked))
+        self.masked += int(np.count_nonzero(asked & (shown == mask_id)))
+        self.kept += int(np.count_nonzero(asked & (shown == answers)))
+        self.random_next += int(np.count_nonzero(arrays["next_sentence_labels"]))
+        self.used[arrays["input_ids"]] = True
 
     def lines(self) -> Iterator[str]:
         """The statistics, one a line."""
@@ -85,18 +92,33 @@ def inspect_shards(path: Path, vocab_file: Path | None, *, num_rows: int) -> Ite
     shards = _shards(path)
     tokenizer = _vocabulary(path, vocab_file)
     colours = sys.stdout.isatty()
-    statistics = Statistics(used=np.zeros(len(tokenizer.vocab), dtype=bool))
     yield LEGEND
+    yield from _first_rows(shards, tokenizer, num_rows, colours=colours)
+    statistics = Statistics(used=np.zeros(len(tokenizer.vocab), dtype=bool))
+    sizes = [shard.path.stat().st_size for shard in shards]
+    for shard in progress(shards, label="inspect", sizes=sizes):
+        statistics.add(_checked(shard, tokenizer), tokenizer.mask_id)
+    yield ""
+    yield from statistics.lines()
+
+
+def _first_rows(
+    shards: Sequence[ShardInfo], tokenizer: WordPieceTokenizer, num_rows: int, *, colours: bool
+) -> Iterator[str]:
     for shard in shards:
-        arrays = read_shard(shard.path)
-        check_values(arrays, vocab_size=len(tokenizer.vocab), where=str(shard.path))
+        if num_rows == 0:
+            return
+        arrays = _checked(shard, tokenizer)
         for row in range(min(num_rows, shard.num_rows)):
             yield f"\n{shard.path.name} row {row}: {_label(arrays, row)}"
             yield _readable(arrays, row, tokenizer, colours=colours)
-        num_rows = max(0, num_rows - shard.num_rows)
-        statistics.add(arrays, tokenizer.mask_id)
-    yield ""
-    yield from statistics.lines()
+        num_rows -= min(num_rows, shard.num_rows)
+
+
+def _checked(shard: ShardInfo, tokenizer: WordPieceTokenizer) -> dict[str, Array]:
+    arrays = read_shard(shard.path)
+    check_values(arrays, vocab_size=len(tokenizer.vocab), where=str(shard.path))
+    return arrays
 
 
 def _shards(path: Path) -> list[ShardInfo]:
@@ -154,7 +176,8 @@ def verify(path: Path) -> tuple[int, list[str]]:
     """Hold files against their manifest, and shards that are in none against the layout.
 
     Returns:
-        The number of files that were checked, and one line for each that is broken.
+        The number of files that were checked, and one line for each that is broken and for each
+        folder that was never completed.
 
     Raises:
         DataError: there is nothing to check.
@@ -164,6 +187,10 @@ def verify(path: Path) -> tuple[int, list[str]]:
     checked: set[Path] = set()
     problems: list[str] = []
     for folder in _visible_folders(path):
+        problems += [
+            f"{unfinished}: never completed; run its command again, or remove it"
+            for unfinished in leftovers(folder)
+        ]
         if is_complete(folder):
             try:
                 checked.update(folder / name for name in read_manifest(folder).files)
@@ -175,7 +202,7 @@ def verify(path: Path) -> tuple[int, list[str]]:
         if shard not in checked:
             checked.add(shard)
             problems += _shard_problems(shard)
-    if not checked:
+    if not checked and not problems:
         raise DataError(f"{path}: neither a {MANIFEST_NAME} nor an HDF5 file to check")
     return len(checked), problems
 

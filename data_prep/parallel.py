@@ -1,5 +1,6 @@
-"""Run tasks on several cores, in order, with little waiting in memory; show how far they are."""
+"""Run tasks on several cores or machines, in order, with little waiting in memory."""
 
+import asyncio
 import collections
 import concurrent.futures
 import contextlib
@@ -8,13 +9,13 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from zerobert.errors import DataError
+from zerobert.errors import ConfigError, DataError, MissingDependencyError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -23,41 +24,81 @@ Result = TypeVar("Result")
 _TASKS_PER_WORKER = 3
 
 
+class Pool:
+    """Where tasks run: this process, others of this machine, or a Dask cluster."""
+
+    def __init__(self, executor: concurrent.futures.Executor | None, num_workers: int) -> None:
+        """Take an executor; None is this process itself."""
+        self._executor = executor
+        self._num_waiting = num_workers * _TASKS_PER_WORKER
+
+    def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        """The results of `function`, in the order of the tasks, which are drawn as they are needed.
+
+        Raises:
+            DataError: a worker was killed; or what `function` raises.
+        """
+        if self._executor is None:
+            yield from map(function, tasks)
+            return
+        iterator = iter(tasks)
+        pending = collections.deque(
+            self._executor.submit(function, task)
+            for task in itertools.islice(iterator, self._num_waiting)
+        )
+        while pending:
+            try:
+                result = pending.popleft().result()
+            except (BrokenProcessPool, concurrent.futures.CancelledError) as error:
+                raise DataError(_KILLED_MESSAGE) from error
+            pending.extend(
+                self._executor.submit(function, task) for task in itertools.islice(iterator, 1)
+            )
+            yield result
+
+
+_KILLED_MESSAGE = (
+    "a worker process was killed, most often because memory ran out; "
+    "run the same command again with a lower --workers"
+)
+
+
+@contextlib.contextmanager
+def pool(workers: int, dask_scheduler: str | None = None) -> Iterator[Pool]:
+    """Start workers, once for all the work of a command; however it ends, none is left behind.
+
+    Args:
+        workers: processes of this machine; 1 is this process itself.
+        dask_scheduler: address of a Dask scheduler, whose workers are used instead.
+
+    Raises:
+        ConfigError: no scheduler answers at the address.
+        MissingDependencyError: Dask is not installed.
+    """
+    if dask_scheduler is not None:
+        with _dask_pool(dask_scheduler) as cluster:
+            yield cluster
+    elif workers == 1:
+        yield Pool(None, 1)
+    else:
+        with _processes(workers) as executor:
+            yield Pool(executor, workers)
+
+
 def ordered_map(
     function: Callable[[Task], Result], tasks: Iterable[Task], *, workers: int
 ) -> Iterator[Result]:
     """The results of `function`, in the order of the tasks, whatever the number of workers.
 
-    One worker is this process itself. Tasks are drawn as they are needed. However this ends, no
-    worker process is left behind.
-
     Raises:
         DataError: a worker process was killed; or what `function` raises.
     """
-    if workers == 1:
-        yield from map(function, tasks)
-        return
-    with _executor(workers) as executor:
-        pending: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
-        iterator = iter(tasks)
-        try:
-            for task in itertools.islice(iterator, workers * _TASKS_PER_WORKER):
-                pending.append(executor.submit(function, task))
-            while pending:
-                result = pending.popleft().result()
-                pending.extend(
-                    executor.submit(function, task) for task in itertools.islice(iterator, 1)
-                )
-                yield result
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a worker process was killed, most often because memory ran out; "
-                "run the same command again with a lower --workers"
-            ) from error
+    with pool(workers) as workers_of_machine:
+        yield from workers_of_machine.map(function, tasks)
 
 
 @contextlib.contextmanager
-def _executor(workers: int) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
+def _processes(workers: int) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
     # Spawned, not forked: the tokenizers library has threads, which a fork would break.
     executor = concurrent.futures.ProcessPoolExecutor(
         workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
@@ -88,6 +129,69 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def progress(items: Iterable[Task], *, label: str, total: int | None, unit: str) -> Iterator[Task]:
-    """The items, with a bar on stderr where that is a terminal."""
-    yield from tqdm(items, desc=label, total=total, unit=unit, disable=None, mininterval=0.5)
+@contextlib.contextmanager
+def _dask_pool(address: str) -> Iterator[Pool]:
+    try:
+        from distributed import Client, KilledWorker
+    except ImportError as error:
+        raise MissingDependencyError(
+            "--dask_scheduler needs Dask; install it with `pip install distributed`"
+        ) from error
+    connect: Any = Client
+    try:
+        asyncio.run(_knock(address))
+        client: Any = connect(address, timeout=_CONNECT_S, set_as_default=False)
+    except (OSError, ValueError, asyncio.TimeoutError) as error:
+        raise ConfigError(
+            f"--dask_scheduler: no scheduler answers at {address!r} "
+            f"({str(error) or f'none within {_CONNECT_S} s'}); "
+            "start one with `dask scheduler`, and workers with `dask worker ADDRESS`"
+        ) from error
+    with client:
+        threads = sum(client.nthreads().values())
+        if threads == 0:
+            raise ConfigError(
+                f"--dask_scheduler: the scheduler at {address!r} has no workers; "
+                f"start some with `dask worker {address}`"
+            )
+        try:
+            yield Pool(client.get_executor(pure=False), threads)
+        except KilledWorker as error:
+            raise DataError(_KILLED_MESSAGE) from error
+
+
+async def _knock(address: str) -> None:
+    """Fail where no scheduler answers: a client waits for ever where something else does (the
+    scheduler's dashboard, say), and complains at its end.
+    """
+    from distributed.comm import connect
+
+    to_address: Any = connect
+    comm: Any = await asyncio.wait_for(to_address(address, timeout=_CONNECT_S), _CONNECT_S)
+    await comm.close()
+
+
+_CONNECT_S = 10
+
+
+def progress(
+    items: Iterable[Any], *, label: str, sizes: Sequence[int], skipped: int = 0
+) -> Iterator[Any]:
+    """The items, with a bar on stderr where that is a terminal: how much, how fast, how long still.
+
+    Args:
+        sizes: of each item, in bytes of text.
+        skipped: bytes that an earlier run has done.
+    """
+    with tqdm(
+        desc=label,
+        total=sum(sizes) + skipped,
+        initial=skipped,
+        unit="B",
+        unit_scale=True,
+        disable=None,
+        mininterval=0.5,
+    ) as bar:
+        for item, size in zip(items, sizes, strict=True):
+            bar.update(size)
+            yield item

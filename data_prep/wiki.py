@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import mwparserfromhell
 from mwparserfromhell import nodes
 
+from data_prep.tidy import tidy
 from zerobert.errors import DataError
 
 _BLOCK_BYTES = 1 << 20
@@ -63,25 +64,19 @@ _SILENT_SECTIONS = frozenset(
         "notes and references",
     }
 )
-_HEADING = re.compile(r"^(={1,6})[ \t]*(.+?)[ \t]*\1[ \t]*$", re.MULTILINE)
+_HEADING = re.compile(r"^(=[^\n]*=)[ \t]*$", re.MULTILINE)
+_MAX_HEADING_LEVEL = 6
 _REFERENCE = re.compile(r"<ref\b[^<>]*(?:/>|>[^<]*</ref\s*>)", re.IGNORECASE)
 _LINE_BREAK = re.compile(r"<(?:br|p)\b[^<>]*>|</p>", re.IGNORECASE)
-_PARSER_OPENING = re.compile(r"<[a-zA-Z]|\{\||\{\{|\[\[")
-_SWITCH = re.compile(r"__[A-Z]+__")
-_QUOTES = re.compile(r"'{2,}")
+_PARSER_OPENING = re.compile(r"<[a-zA-Z]|\{\||\{\{|\[[\[/a-zA-Z]")
+# The parser calls itself for each equals sign of what may be a heading, until the stack is full.
+_TANGLED_HEADING = re.compile(r"^=(?=(?:[^\n=]*=){100})", re.MULTILINE)
 _INTERLANGUAGE = re.compile(r"[a-z]{2,3}(?:-[a-z-]+)?:")
 _LIST_MARKS = "*#:;"
 _SENTENCE_ENDS = tuple(".!?…。！？।؟۔")
 _CLOSING_MARKS = "\"'”’)]»」』）"
 # What is left of a template, table or link that was opened in another section than it closed in.
 _RESIDUE = re.compile(r"\{\{|\}\}|\{\||\|\}|\[\[|\]\]|<ref\b|</|\|\||^[|!]")
-
-_EMPTY_BRACKETS = re.compile(r"[(\[（][^\S\n]*(?:[;,:/–-][^\S\n]*)*[)\]）]")
-_OPENING_JUNK = re.compile(r"([(（])[^\S\n]*(?:[;,:][^\S\n]*)*")
-_CLOSING_JUNK = re.compile(r"[^\S\n]*(?:[;,:][^\S\n]*)+([)）])")
-_DOUBLED_COMMAS = re.compile(r",(?:[^\S\n]*,)+")
-_SPACE_BEFORE = re.compile(r"[^\S\n]+([,.;:!?)])(?=\s|$)", re.MULTILINE)
-_SPACES = re.compile(r"[^\S\n]+")
 
 Counts = collections.Counter[str]
 
@@ -107,7 +102,7 @@ def read_pages(file: IO[bytes], *, where: str, counts: Counts) -> Iterator[Page]
             parser.feed(block)
             yield from target.take_pages()
         parser.close()
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # the latter: its encoding
         raise DataError(
             f"{where} is not a complete MediaWiki dump: {error}; fetch it again"
         ) from error
@@ -200,6 +195,7 @@ def paragraphs(markup: str, *, namespaces: Iterable[str], counts: Counts) -> lis
     found: list[str] = []
     for section in _sections(_without_comments(markup)):
         prepared = _LINE_BREAK.sub("\n", _REFERENCE.sub("", section))
+        prepared = _TANGLED_HEADING.sub(" =", prepared)
         if len(_PARSER_OPENING.findall(prepared)) * len(prepared) > _MAX_PARSER_WORK:
             counts["sections too tangled to parse"] += 1
             continue
@@ -223,11 +219,20 @@ def _sections(markup: str) -> Iterator[str]:
     """The text under each heading, without those that hold no prose."""
     title, start = "", 0
     for heading in _HEADING.finditer(markup):
+        if not (level := _heading_level(heading[1])):
+            continue
         if title not in _SILENT_SECTIONS:
             yield markup[start : heading.start()]
-        title, start = heading[2].casefold(), heading.end()
+        title, start = heading[1][level:-level].strip(" \t").casefold(), heading.end()
     if title not in _SILENT_SECTIONS:
         yield markup[start:]
+
+
+def _heading_level(line: str) -> int:
+    """How many equals signs on both sides are marks; 0 where nothing stands between them."""
+    before = len(line) - len(line.lstrip("="))
+    after = len(line) - len(line.rstrip("="))
+    return min(before, after, _MAX_HEADING_LEVEL, (len(line) - 1) // 2)
 
 
 def _visible(tree: Iterable[nodes.Node], silent: frozenset[str]) -> Iterator[str]:
@@ -273,15 +278,6 @@ def _visible_tag(tag: nodes.Tag, silent: frozenset[str]) -> Iterator[str]:
         yield list_mark
     elif str(tag.tag).strip().casefold() not in _SILENT_TAGS and tag.contents is not None:
         yield from _visible(tag.contents.nodes, silent)
-
-
-def tidy(text: str) -> str:
-    """Text without what removed markup leaves behind: empty brackets, doubled spaces."""
-    text = _QUOTES.sub("", _SWITCH.sub("", text))
-    text = _OPENING_JUNK.sub(r"\1", text)
-    text = _CLOSING_JUNK.sub(r"\1", text)
-    text = _DOUBLED_COMMAS.sub(",", _EMPTY_BRACKETS.sub("", text))
-    return _SPACE_BEFORE.sub(r"\1", _SPACES.sub(" ", text))
 
 
 def _prose_lines(text: str, counts: Counts) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """manifest.json: the last file written into a folder; its presence means that it is complete.
 
 A folder is filled under a temporary name beside its final one and moved into place when its
-manifest is written. Whatever kills the process leaves either the whole folder or none.
+manifest is written. Whatever kills the process leaves either the whole folder or none; long work
+goes on in the unfinished one.
 """
 
 import contextlib
@@ -21,7 +22,10 @@ from zerobert.errors import DataError, ManifestError
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 _STAGING_PREFIX = ".incomplete-"
+_IDENTITY_NAME = ".identity.json"
 _HASH_BLOCK_BYTES = 1 << 20
+# What `write_bytes` leaves when the process is killed: hidden, with a UUID at the end.
+_TEMPORARY = ".*." + 32 * "[0-9a-f]"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,8 +75,8 @@ def sha256_file(path: Path | str) -> str:
     return digest.hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that readers see either the old text or the whole new one.
+def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a file so that readers see either the old one or the whole new one.
 
     Raises:
         DataError: the file can't be written.
@@ -80,13 +84,22 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     with writing(path):
         try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
+            with open(temporary, "wb") as file:
+                file.writelines(parts)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file as `write_bytes` does, in UTF-8.
+
+    Raises:
+        DataError: the file can't be written.
+    """
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -105,7 +118,7 @@ def staging_path(final: Path) -> Path:
 
 def leftovers(parent: Path) -> list[Path]:
     """The folders in a parent that were never completed."""
-    return list(parent.glob(f"{_STAGING_PREFIX}*"))
+    return sorted(parent.glob(f"{_STAGING_PREFIX}*"))
 
 
 def is_staging(path: Path) -> bool:
@@ -136,6 +149,51 @@ def staged_folder(final: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
+
+
+@contextlib.contextmanager
+def resumable_folder(final: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield a folder to fill, with all that a broken-off call with the same identity left in it.
+
+    It becomes `final` when the block ends, without its hidden files; when the block raises, it
+    stays for the next call. What was begun with another identity is removed first.
+
+    Args:
+        identity: all that decides what the folder will hold, JSON-able.
+
+    Raises:
+        DataError: another process is filling it, or it can't be made or moved.
+    """
+    staging = staging_path(final)
+    with writing(final):
+        staging.mkdir(parents=True, exist_ok=True)
+    with _locked(staging):
+        wanted = json.loads(json.dumps(identity))
+        if _identity(staging) != wanted:
+            with writing(final):
+                _empty(staging)
+            write_json(staging / _IDENTITY_NAME, wanted)
+        for unfinished in staging.glob(_TEMPORARY):
+            unfinished.unlink(missing_ok=True)
+        yield staging
+        publish_folder(staging, final)
+        for hidden in final.glob(".*"):
+            hidden.unlink()
+
+
+def _identity(staging: Path) -> Any:
+    try:
+        return json.loads((staging / _IDENTITY_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 @contextlib.contextmanager
@@ -204,30 +262,23 @@ def write_manifest(
     kind: str,
     config: Mapping[str, Any],
     inputs: Mapping[str, str],
-    num_rows: Mapping[str, int] | None = None,
+    known: Mapping[str, FileRecord] | None = None,
     summary: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Hash every file under the folder and write its manifest; call it when all else is written.
 
+    Hidden files are left out.
+
     Args:
-        kind: what the folder is: `text`, `shards`, `model`, `state`.
+        kind: what the folder is: `text`, `tokens`, `shards`, `model`, `state`.
         inputs: name -> sha256 of what the folder was made from.
-        num_rows: rows of each data file, by its path relative to the folder.
+        known: records of files that were hashed when they were written, by relative path.
         summary: figures for people (documents, tokens, seconds).
 
     Raises:
         DataError: the manifest can't be written.
     """
-    rows = num_rows or {}
-    files = {
-        str(path.relative_to(folder)): FileRecord(
-            num_bytes=path.stat().st_size,
-            sha256=sha256_file(path),
-            num_rows=rows.get(str(path.relative_to(folder))),
-        )
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST_NAME
-    }
+    files = {name: (known or {}).get(name) or _record(folder / name) for name in _names(folder)}
     manifest = Manifest(
         kind=kind,
         config=dict(config),
@@ -237,6 +288,20 @@ def write_manifest(
     )
     write_json(folder / MANIFEST_NAME, dataclasses.asdict(manifest))
     return manifest
+
+
+def _names(folder: Path) -> list[str]:
+    """The files below a folder, relative to it, without hidden ones and its manifest."""
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [
+        str(name)
+        for name in names
+        if name.name != MANIFEST_NAME and not any(part.startswith(".") for part in name.parts)
+    ]
+
+
+def _record(path: Path) -> FileRecord:
+    return FileRecord(num_bytes=path.stat().st_size, sha256=sha256_file(path))
 
 
 def read_manifest(folder: Path) -> Manifest:

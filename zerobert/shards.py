@@ -16,20 +16,21 @@ Source: NVIDIA DeepLearningExamples, PyTorch/LanguageModeling/BERT/create_pretra
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import os
 import re
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import h5py
 import numpy as np
 import numpy.typing as npt
+from isal import isal_zlib
 
 from zerobert.errors import ConfigError, DataError, ShardFormatError
-from zerobert.manifest import is_complete, read_manifest, sha256_file, writing
+from zerobert.manifest import FileRecord, is_complete, read_manifest, sha256_file, write_bytes
 
 Array = npt.NDArray[Any]
 Split = Literal["training", "test"]
@@ -47,7 +48,10 @@ VOCAB_NAME = "vocab.txt"
 
 # h5py's automatic chunks are tall slices of a few columns: one row then inflates all of them.
 _CHUNK_ROWS = 256
+# What the file says its filter is; any reader inflates it alike. The bytes are made by ISA-L, whose
+# level 1 is seven times as fast as zlib's level 4 on these arrays for 5 % more bytes.
 _GZIP_LEVEL = 4
+_ISAL_LEVEL = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +107,7 @@ def _describe(file: Any, path: Path) -> ShardInfo:
     shapes = {name: _shape(file, name, path) for name in DTYPES}
     num_rows, seq_length = shapes["input_ids"]
     max_predictions = shapes["masked_lm_positions"][1]
-    wanted = _shapes(num_rows, seq_length, max_predictions)
+    wanted = array_shapes(num_rows, seq_length, max_predictions)
     for name, shape in shapes.items():
         if shape != wanted[name]:
             raise ShardFormatError(
@@ -139,7 +143,10 @@ def _shape(file: Any, name: str, path: Path) -> tuple[int, ...]:
     return tuple(dataset.shape)
 
 
-def _shapes(num_rows: int, seq_length: int, max_predictions: int) -> dict[str, tuple[int, ...]]:
+def array_shapes(
+    num_rows: int, seq_length: int, max_predictions: int
+) -> dict[str, tuple[int, ...]]:
+    """The shape of each of the six arrays."""
     return {
         "input_ids": (num_rows, seq_length),
         "input_mask": (num_rows, seq_length),
@@ -150,45 +157,74 @@ def _shapes(num_rows: int, seq_length: int, max_predictions: int) -> dict[str, t
     }
 
 
-def write_shard(path: Path | str, arrays: Mapping[str, Array]) -> None:
+def write_shard(path: Path | str, arrays: Mapping[str, Array]) -> FileRecord:
+    """Write a shard that plain h5py reads; see `write_rows`."""
+    return write_rows(
+        path,
+        len(arrays["input_ids"]),
+        lambda start, stop: {name: arrays[name][start:stop] for name in DTYPES},
+    )
+
+
+def write_rows(
+    path: Path | str, num_rows: int, read: Callable[[int, int], Mapping[str, Array]]
+) -> FileRecord:
     """Write a shard that plain h5py reads; readers see the whole file or none.
 
-    The same arrays give the same bytes.
+    The same rows give the same bytes on the same kind of processor.
+
+    Args:
+        read: the six arrays from a row to before another; called once for each chunk, in order.
+
+    Returns:
+        What a manifest says of the file.
 
     Raises:
-        ShardFormatError: the arrays have no rows.
+        ShardFormatError: there are no rows.
         DataError: the file can't be written: no space, no permission.
     """
     path = Path(path)
-    if len(arrays["input_ids"]) == 0:
+    if num_rows == 0:
         raise ShardFormatError(f"{path}: there are no rows to write")
     # Made in memory: HDF5 that fails to write a real file keeps it open, and fails again at exit.
-    image = _hdf5_image(arrays)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with writing(path):
-        try:
-            with open(temporary, "wb") as file:
-                file.write(image)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    image = _hdf5_image(num_rows, read)
+    write_bytes(path, image)
+    return FileRecord(
+        num_bytes=len(image), sha256=hashlib.sha256(image).hexdigest(), num_rows=num_rows
+    )
 
 
-def _hdf5_image(arrays: Mapping[str, Array]) -> memoryview:
+def _hdf5_image(num_rows: int, read: Callable[[int, int], Mapping[str, Array]]) -> memoryview:
+    chunk_rows = min(num_rows, _CHUNK_ROWS)
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
-        for name, dtype in DTYPES.items():
-            array = np.ascontiguousarray(arrays[name], dtype=dtype)
-            file.create_dataset(
-                name,
-                data=array,
-                chunks=(min(len(array), _CHUNK_ROWS), *array.shape[1:]),
-                compression="gzip",
-                compression_opts=_GZIP_LEVEL,
-            )
+        datasets: dict[str, Any] = {}
+        for start in range(0, num_rows, chunk_rows):
+            block = read(start, min(start + chunk_rows, num_rows))
+            for name, dtype in DTYPES.items():
+                array = np.ascontiguousarray(block[name], dtype=dtype)
+                if start == 0:
+                    datasets[name] = _new_dataset(file, name, num_rows, array)
+                place = (start, *[0] * (array.ndim - 1))
+                datasets[name].id.write_direct_chunk(place, _deflated(array, chunk_rows))
     return buffer.getbuffer()
+
+
+def _new_dataset(file: Any, name: str, num_rows: int, first_chunk: Array) -> Any:
+    return file.create_dataset(
+        name,
+        shape=(num_rows, *first_chunk.shape[1:]),
+        dtype=first_chunk.dtype,
+        chunks=first_chunk.shape,
+        compression="gzip",
+        compression_opts=_GZIP_LEVEL,
+    )
+
+
+def _deflated(array: Array, chunk_rows: int) -> bytes:
+    """A chunk as HDF5's gzip filter writes it; the last one is as long as the others."""
+    raw = array.tobytes() + bytes((chunk_rows - len(array)) * (array.nbytes // len(array)))
+    return isal_zlib.compress(raw, _ISAL_LEVEL)
 
 
 def check_values(arrays: Mapping[str, Array], *, vocab_size: int | None, where: str) -> None:

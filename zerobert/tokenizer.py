@@ -7,9 +7,11 @@ import collections
 import hashlib
 import itertools
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -35,6 +37,7 @@ _MIN_FREQUENCY = 2
 _MIN_ALPHABET = 1000
 # Source: SentencePiece's character_coverage for languages with rich character sets.
 _CHARACTER_COVERAGE = 0.9995
+_BLOCK_BYTES = 4 << 20
 
 
 class WordPieceTokenizer:
@@ -220,14 +223,15 @@ def train_vocabulary(files: Sequence[Path], *, vocab_size: int, do_lower_case: b
 
 
 def _count_characters(files: Sequence[Path]) -> collections.Counter[str]:
-    counts: collections.Counter[str] = collections.Counter()
+    counts = np.zeros(sys.maxunicode + 1, np.int64)
     for path in files:
         offset = 0
         try:
             with open(path, "rb") as file:
-                for line in file:
-                    counts.update(line.decode("utf-8"))
-                    offset += len(line)
+                while raw := b"".join(file.readlines(_BLOCK_BYTES)):
+                    points = np.frombuffer(raw.decode("utf-8").encode("utf-32-le"), np.uint32)
+                    counts += np.bincount(points, minlength=len(counts))
+                    offset += len(raw)
         except OSError as error:
             raise DataError(f"{path} can't be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
@@ -235,7 +239,8 @@ def _count_characters(files: Sequence[Path]) -> collections.Counter[str]:
                 f"{path} is not UTF-8 text: {error.reason} at byte {offset + error.start}; "
                 "convert it first"
             ) from error
-    return counts
+    found = np.flatnonzero(counts).tolist()
+    return collections.Counter({chr(point): int(counts[point]) for point in found})
 
 
 def _alphabet(counts: collections.Counter[str], tokenizer: Tokenizer, *, limit: int) -> list[str]:

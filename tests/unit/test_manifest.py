@@ -16,6 +16,8 @@ from tests.conftest import REPOSITORY
 from zerobert import manifest
 from zerobert.errors import DataError, ManifestError
 
+ALPHA = hashlib.sha256(b"alpha\n").hexdigest()
+
 
 def make_folder(folder: Path) -> manifest.Manifest:
     """A complete folder of two files."""
@@ -28,7 +30,7 @@ def make_folder(folder: Path) -> manifest.Manifest:
             kind="text",
             config={"n": 1},
             inputs={"source": "ab" * 32},
-            num_rows={"a.txt": 1},
+            known={"a.txt": manifest.FileRecord(num_bytes=6, sha256=ALPHA, num_rows=1)},
             summary={"documents": 7},
         )
 
@@ -247,3 +249,40 @@ def test_a_folder_that_another_process_fills_is_left_alone(tmp_path: Path) -> No
             with manifest.staged_folder(final):
                 pass
     assert (final / "file").read_text() == "mine"
+
+
+def break_off(final: Path, identity: dict[str, Any]) -> None:
+    """Begin a folder of two files, one of them hidden, and fail."""
+
+    def fill() -> None:
+        with manifest.resumable_folder(final, identity) as staging:
+            (staging / "first").write_text("1")
+            (staging / ".notes").write_text("first is done")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fill()
+
+
+def test_a_broken_off_folder_goes_on_where_it_was(tmp_path: Path) -> None:
+    final = tmp_path / "out"
+    break_off(final, {"seed": 1})
+    assert not final.exists()
+    with manifest.resumable_folder(final, {"seed": 1}) as staging:
+        assert (staging / "first").read_text() == "1"
+        (staging / "second").write_text("2")
+        made = manifest.write_manifest(staging, kind="text", config={}, inputs={})
+    assert sorted(made.files) == ["first", "second"]
+    assert names(final) == ["first", "manifest.json", "second"]
+    assert manifest.leftovers(tmp_path) == []
+
+
+def test_a_folder_begun_with_other_settings_starts_over(tmp_path: Path) -> None:
+    final = tmp_path / "out"
+    break_off(final, {"seed": 1})
+    with manifest.resumable_folder(final, {"seed": (2,)}) as staging:
+        assert names(staging) == [".identity.json"]
+        with pytest.raises(DataError, match="another process is filling"):
+            with manifest.resumable_folder(final, {"seed": 3}):
+                pass
+    assert names(final) == []

@@ -12,7 +12,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[2]))
 
 from data_prep.build import build_instances  # noqa: E402
-from data_prep.instances import InstanceConfig  # noqa: E402
+from data_prep.config import InstanceConfig  # noqa: E402
 from zerobert.shards import read_shard  # noqa: E402
 from zerobert.tokenizer import WordPieceTokenizer, train_vocabulary  # noqa: E402
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.build import ShardsConfig, Span, build_shards, find_documents, plan_shards
-from data_prep.instances import InstanceConfig
+from data_prep.build import build_shards, plan_shards
+from data_prep.config import InstanceConfig, ShardsConfig
 from zerobert.errors import ConfigError, DataError
 from zerobert.manifest import verify_folder
 from zerobert.shards import check_values, find_shards, read_shard
@@ -54,20 +54,6 @@ def digests(folder: Path) -> dict[str, str]:
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.hdf5")
     }
-
-
-def test_documents_are_runs_of_lines(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    raw = b"\n\r\none\r\ntwo\n \t\n\nthree"
-    path.write_bytes(raw)
-    first, second = find_documents(path, seed=1)
-    assert [raw[span.offset : span.offset + span.num_bytes] for span in (first, second)] == [
-        b"one\r\ntwo\n \t\n",
-        b"three",
-    ]
-    path.write_bytes(b"one\ntwo\n\nthree\n")
-    assert [span.key for span in find_documents(path, seed=1)] == [first.key, second.key]
-    assert next(find_documents(path, seed=2)).key != first.key
 
 
 def test_shards_are_complete_and_well_named(tmp_path: Path, vocab_file: Path) -> None:
@@ -153,10 +139,6 @@ def test_a_second_run_does_nothing(tmp_path: Path, vocab_file: Path) -> None:
         )
 
 
-def spans(count: int) -> list[Span]:
-    return [Span(number.to_bytes(16, "big"), Path("a.txt"), number, 1) for number in range(count)]
-
-
 @given(
     num_documents=st.integers(0, 60),
     n_training=st.integers(1, 30),
@@ -174,11 +156,11 @@ def test_a_plan_uses_every_document_once_or_says_what_would_fit(
             fraction_test_set=fraction,
             instances=InstanceConfig(no_nsp=no_nsp),
         )
-        tasks = plan_shards(spans(num_documents), config, Path("out"))
-        assert len(tasks) == n_training + n_test
-        dealt = [span.offset for task in tasks for span in task.spans]
+        plans = plan_shards(num_documents, config)
+        assert [plan.number for plan in plans] == [*range(n_training), *range(n_test)]
+        dealt = [rank for plan in plans for rank in range(plan.first, plan.end)]
         assert sorted(dealt) == list(range(num_documents))
-        return [len(task.spans) for task in tasks]
+        return [plan.end - plan.first for plan in plans]
 
     needed = 1 if no_nsp else 2
     try:
@@ -187,6 +169,7 @@ def test_a_plan_uses_every_document_once_or_says_what_would_fit(
         message = str(error)
     else:
         assert min(sizes) >= needed
+        assert max(sizes[:n_training]) - min(sizes[:n_training]) <= 1
         return
     if advice := re.search(r"--n_training_shards (\d+) --n_test_shards (\d+)", message):
         assert min(plan(int(advice[1]), int(advice[2]))) >= needed
@@ -213,18 +196,3 @@ def test_text_that_is_not_utf8_names_the_place(tmp_path: Path, vocab_file: Path)
     with pytest.raises(DataError, match=r"part_9\.txt is not UTF-8 text: .* at byte 7"):
         build_shards(texts, vocab_file, tmp_path / "out", small_config(), workers=1)
     assert not list((tmp_path / "out").rglob("*.hdf5"))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"name": "a/b"}, "--name: wanted a plain folder name"),
-        ({"name": ""}, "--name: wanted a plain folder name"),
-        ({"n_training_shards": 0}, "--n_training_shards: wanted at least 1, got 0"),
-        ({"n_test_shards": -1}, "--n_test_shards: wanted at least 0, got -1"),
-        ({"fraction_test_set": 1.0}, "--fraction_test_set: wanted 0 to below 1, got 1.0"),
-    ],
-)
-def test_settings_that_can_not_be_served(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        small_config(**changes)

@@ -3,24 +3,33 @@ import collections
 import gzip
 import json
 import lzma
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from data_prep import corpus
-from data_prep.corpus import Document, Format
+from data_prep.config import DocumentBreak, Format, TextConfig
+from data_prep.prose import Document, paragraphs
+from data_prep.sources import Source, local_source
 from zerobert.errors import DataError
 
 
-def read(path: Path, file_format: Format = "auto", text_field: str = "text") -> list[Document]:
-    counts: corpus.Counts = collections.Counter()
-    return list(
-        corpus.read_documents(path, file_format=file_format, text_field=text_field, counts=counts)
-    )
+def read(
+    path: Path,
+    file_format: Format = "auto",
+    text_field: str = "text",
+    document_break: DocumentBreak = "file",
+) -> list[Document]:
+    config = TextConfig(format=file_format, text_field=text_field, document_break=document_break)
+    return list(corpus.read_documents(local_source(path), config, collections.Counter()))
 
 
-def paragraphs(document: Document) -> list[str]:
-    return corpus.paragraphs(document, collections.Counter())
+def prose(document: Document) -> list[str]:
+    return [text for text in paragraphs(document, collections.Counter()) if text.strip()]
 
 
 @pytest.mark.parametrize(
@@ -31,61 +40,44 @@ def paragraphs(document: Document) -> list[str]:
         ("dump", "\ufeff\n<mediawiki", "wiki-dump"),
         ("wiki_00", '<doc id="1" url="u" title="T">\n', "wikiextractor"),
         ("wiki_00", '{"id": "1", "url": "http://w?curid=1", "text": "x"}\n', "wikiextractor"),
-        ("a.jsonl", '{"text": "x"}\n', "jsonl"),
+        ("a.jsonl.zst", '{"text": "x"}\n', "jsonl"),
         ("a.txt", '{"text": "x"}\n', "jsonl"),
         ("book.md", "# A", "text"),
         ("book", "Once upon a time", "text"),
+        ("table", "PAR1", "parquet"),
+        ("a.PARQUET", "", "parquet"),
     ],
 )
-def test_a_format_is_known_by_name_and_first_bytes(
-    tmp_path: Path, name: str, content: str, wanted: str
-) -> None:
-    path = tmp_path / name
-    path.write_bytes(bz2.compress(content.encode()) if path.suffix == ".bz2" else content.encode())
-    assert corpus.detect_format(path) == wanted
+def test_a_format_is_known_by_name_and_first_bytes(name: str, content: str, wanted: str) -> None:
+    source = Source(name=name, path=name, num_bytes=0, stamp="")
+    assert corpus.detect_format(source, content.encode()) == wanted
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.zst", "a.tar.gz"])
+@pytest.mark.parametrize("name", ["a.arrow", "a.zip", "a.tar.gz", "a.TAR.zst", "a.7z"])
 def test_what_is_not_served_is_refused_by_name(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    path.write_bytes(b"x")
     with pytest.raises(DataError, match="is not read; "):
-        corpus.detect_format(path)
+        corpus.detect_format(Source(name=name, path=name, num_bytes=0, stamp=""), b"x")
 
 
-def test_folders_are_searched_for_what_can_be_read(tmp_path: Path) -> None:
-    for name in (
-        "b/wiki_01",
-        "b/wiki_00",
-        "a.txt.gz",
-        "picture.png",
-        ".hidden",
-        ".git/x.txt",
-        "c.md",
-    ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("x")
-    found = corpus.find_inputs([tmp_path, tmp_path / "picture.png", tmp_path / "c.md"])
-    assert [str(path.relative_to(tmp_path)) for path in found] == [
-        "a.txt.gz",
-        "c.md",
-        "b/wiki_00",
-        "b/wiki_01",
-        "picture.png",
-    ]
-    with pytest.raises(DataError, match="none: no such file or folder"):
-        corpus.find_inputs([tmp_path / "none"])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"no text file in .*empty"):
-        corpus.find_inputs([tmp_path / "empty"])
+def test_no_file_to_read_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "picture.png").write_text("x")
+    with pytest.raises(DataError, match=r"no text file in .*; wanted files that end in \.xml, .*"):
+        corpus.find_inputs([str(tmp_path)], TextConfig())
 
 
 @pytest.mark.parametrize(
     ("suffix", "pack"),
-    [("", bytes), (".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)],
+    [
+        ("", bytes),
+        (".gz", gzip.compress),
+        (".bz2", bz2.compress),
+        (".xz", lzma.compress),
+        (".zst", zstandard.ZstdCompressor().compress),
+    ],
 )
-def test_text_is_read_through_any_compression(tmp_path: Path, suffix: str, pack: object) -> None:
-    assert callable(pack)
+def test_text_is_read_through_any_compression(
+    tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes]
+) -> None:
     raw = "\ufeffOne é.\n\nTwo.\n".encode()
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(pack(raw))
@@ -94,9 +86,6 @@ def test_text_is_read_through_any_compression(tmp_path: Path, suffix: str, pack:
     if suffix:
         path.write_bytes(pack(raw * 100)[:-10])
         with pytest.raises(DataError, match=r"a\.txt.* is cut short or damaged"):
-            list(corpus.read_lines(path))
-        path.write_bytes(b"hello")
-        with pytest.raises(DataError, match=rf"a\.txt\{suffix} "):
             list(corpus.read_lines(path))
 
 
@@ -108,44 +97,19 @@ def test_what_is_not_text_is_refused_with_its_place(tmp_path: Path) -> None:
     path.write_bytes(b"good\nb\0d\n")
     with pytest.raises(DataError, match=r"a\.txt is not text: a NUL at byte 6"):
         list(corpus.read_lines(path))
+    path.write_bytes(b"line\n" * 500_000 + b"b\xffd\n")
+    with pytest.raises(DataError, match="invalid start byte at byte 2500001"):
+        list(corpus.read_lines(path))
     with pytest.raises(DataError, match="can't be read: Is a directory"):
         list(corpus.read_lines(tmp_path))
 
 
-def test_plain_text_is_one_document_of_paragraphs(tmp_path: Path) -> None:
-    path = tmp_path / "book.txt"
-    long_line = "This line is not wrapped by hand. " * 4
-    path.write_text(f"A line that\ngoes on.\n \t\nAnother.\n\n{long_line}\nIts neighbour.\n")
-    (document,) = read(path)
-    assert (
-        paragraphs(document)
-        == ["A line that goes on.", "Another.", long_line, "Its neighbour.", ""][:4]
-    )
-
-
-def test_markdown_loses_its_marks(tmp_path: Path) -> None:
-    path = tmp_path / "book.md"
-    path.write_text(
-        "# The *first* chapter #\nIt **was** a [dark](http://x.y) night, `so` _they_ say.\n\n"
-        "![picture](a.png)\n\n> Quoted &amp; true.\n\n- an item\n- snake_case_name\n\n---\n\n"
-        "```python\ncode = 1\n```\n\n<br>2 \\* 3\n"
-    )
-    (document,) = read(path)
-    assert [text.strip() for text in paragraphs(document) if text.strip()] == [
-        "The first chapter",
-        "It was a dark night, so they say.",
-        "Quoted & true.",
-        "an item snake_case_name",
-        "2 * 3",
-    ]
-
-
 def test_json_lines_are_one_document_each(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('{"body": "One.\\n\\nTwo."}\n\n{"body": ""}\n')
-    first, second = read(path, text_field="body")
-    assert paragraphs(first) == ["One.", "Two."]
-    assert second.text == ""
+    path.write_text('{"body": "One.\\n\\nTwo."}\n\n{"body": ""}\n{"body": null}')
+    first, second, third = read(path, text_field="body")
+    assert prose(first) == ["One.", "Two."]
+    assert second == third == Document(text="", form="plain")
 
 
 @pytest.mark.parametrize(
@@ -157,6 +121,8 @@ def test_json_lines_are_one_document_each(tmp_path: Path) -> None:
             "a.jsonl, line 2: wanted text in the field 'text', got body; name the field",
         ),
         ("[1]", "a.jsonl, line 2: wanted text in the field 'text', got list"),
+        ("[" * 100_000, "a.jsonl, line 2: not JSON: maximum recursion depth"),
+        (f'{{"text": {"9" * 5000}}}', "a.jsonl, line 2: not JSON: Exceeds the limit"),
     ],
 )
 def test_bad_json_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
@@ -178,13 +144,13 @@ def test_both_forms_of_wikiextractor(tmp_path: Path) -> None:
     text = "Tea\n\nTea is &lt;hot&gt;.\nMore."
     records.write_text(json.dumps({"url": address, "text": text, "title": "Tea"}))
     full, empty = read(blocks)
-    assert [text.strip() for text in paragraphs(full) if text.strip()] == [
+    assert [text.strip() for text in prose(full)] == [
         "Tea is <hot>.",
         "More.",
     ]
     assert empty.text.strip() == ""
     (record,) = read(records)
-    assert paragraphs(record) == ["", "Tea is <hot>.", "More."]
+    assert prose(record) == ["Tea is <hot>.", "More."]
 
 
 def test_damaged_wikiextractor_output(tmp_path: Path) -> None:
@@ -203,3 +169,42 @@ def test_text_files_of_a_folder(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "c.md"):
         (tmp_path / name).write_text("x")
     assert [path.name for path in corpus.text_files(tmp_path)] == ["a.txt", "b.txt"]
+
+
+def test_what_ends_a_document_of_plain_text(tmp_path: Path) -> None:
+    path = tmp_path / "many.txt"
+    path.write_text("\n \nOne.\nIts end.\n\n\t\n\nTwo.\n \r\nThree.")
+    (whole,) = read(path)
+    assert prose(whole) == ["One. Its end.", "Two.", "Three."]
+    assert [found.text for found in read(path, document_break="blank_line")] == [
+        *("One.\nIts end.\n", "Two.\n", "Three."),
+    ]
+    book = tmp_path / "book.md"
+    book.write_text("# One\n\nTwo.")
+    (one,) = read(book, document_break="blank_line")
+    assert one.form == "markdown"
+    path.write_text("\n\n")
+    assert read(path, document_break="blank_line") == []
+
+
+def test_what_is_far_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "_MAX_DOCUMENT_BYTES", 2 << 20)
+    monkeypatch.setattr(corpus, "_BLOCK_BYTES", 1 << 20)
+    path = tmp_path / "a.txt"
+    path.write_text("line\n\n" * 400_000)
+    with pytest.raises(DataError, match=r"a\.txt holds a document of more than 2 MiB; if blank"):
+        read(path)
+    assert len(read(path, document_break="blank_line")) == 400_000
+    path.write_text("short\n" * 10 + "word " * 500_000)
+    with pytest.raises(DataError, match=r"a\.txt has a line of more than 2 MiB after byte 0"):
+        read(path)
+
+
+def test_parquet_is_a_document_a_row(tmp_path: Path) -> None:
+    table = pa.table({"id": [1, 2, 3], "body": ["One.\n\nTwo.", None, "Three."]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    found = read(tmp_path / "a.parquet", text_field="body")
+    assert [document.text for document in found] == ["One.\n\nTwo.", "", "Three."]
+    (tmp_path / "b.parquet").write_text("One.")
+    with pytest.raises(DataError, match=r"b\.parquet is no whole Parquet file"):
+        read(tmp_path / "b.parquet")

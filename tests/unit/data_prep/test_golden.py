@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_prep.build import build_instances
-from data_prep.instances import InstanceConfig
+from data_prep.config import InstanceConfig
 from zerobert.shards import read_shard
 from zerobert.tokenizer import WordPieceTokenizer, train_vocabulary
 

@@ -120,3 +120,12 @@ def test_nothing_to_check_is_an_error(tmp_path: Path) -> None:
         verify(tmp_path)
     with pytest.raises(DataError, match="none: no such file or folder"):
         verify(tmp_path / "none")
+
+
+def test_verify_tells_of_what_was_never_completed(tmp_path: Path) -> None:
+    (tmp_path / "out" / ".incomplete-wiki").mkdir(parents=True)
+    num_files, problems = verify(tmp_path)
+    assert num_files == 0
+    assert problems == [
+        f"{tmp_path / 'out' / '.incomplete-wiki'}: never completed; run its command again, or remove it"
+    ]

@@ -1,7 +1,8 @@
+import time
+
 import pytest
 
 from data_prep import sentences
-from zerobert.errors import ConfigError
 
 
 def test_a_paragraph_becomes_sentences_without_blanks() -> None:
@@ -36,12 +37,28 @@ def test_a_lone_surrogate_does_not_stop_the_work() -> None:
     assert sentences.split(["It \ud800 broke."], "en") == ["It \ufffd broke."]
 
 
-@pytest.mark.parametrize("language", ["", "EN", "english", "e"])
-def test_a_language_is_a_code(language: str) -> None:
-    with pytest.raises(ConfigError, match="--language: wanted an ISO 639 code"):
-        sentences.check_language(language)
+def test_what_no_text_file_holds_is_replaced() -> None:
+    assert sentences.split(["A \0 b\ud83d\ude00 c\udc00.\u2028New\x85line."], "en") == [
+        "A \ufffd b\U0001f600 c\ufffd.",
+        "New line.",
+    ]
 
 
-def test_known_codes_pass() -> None:
-    for language in ("en", "de", "yue"):
-        sentences.check_language(language)
+def test_marks_alone_are_no_sentence() -> None:
+    assert sentences.split(["_ * _", "...", "½.", "٣.", "“—”"], "en") == ["½.", "٣."]
+
+
+@pytest.mark.parametrize(
+    "unit", ["长句。", "“a. B ", "word ", "a", "(a. ", "今天天气很好，我们去公园玩吧。"]
+)
+def test_a_paragraph_without_end_takes_linear_time(unit: str) -> None:
+    text = unit * (300_000 // len(unit))
+    started = time.process_time()
+    pieces = sentences.split([text], "zh")
+    assert time.process_time() - started < 10
+    assert "".join(pieces).replace(" ", "") == text.replace(" ", "")
+
+
+def test_a_long_paragraph_is_cut_where_a_sentence_ends() -> None:
+    wanted = [f"Sentence number {number} of many." for number in range(2000)]
+    assert sentences.split([" ".join(wanted)], "en") == wanted

@@ -1,0 +1,100 @@
+"""A document's text -> its paragraphs, whatever it is written in.
+
+Every pattern here takes time in proportion to the text: some file holds what makes another hang.
+"""
+
+import dataclasses
+import html
+import re
+from typing import Literal
+
+from data_prep import wiki
+from data_prep.tidy import tidy
+from data_prep.wiki import Counts
+
+# Text wrapped by hand is narrower than this; a longer line is a paragraph of its own.
+_WRAPPED_LINE_CHARACTERS = 100
+_BLANK_LINES = re.compile(r"\n[^\S\n]*\n")
+# WikiExtractor puts these where a formula or a piece of code was.
+_PLACEHOLDER = re.compile(r"\b(?:formula|codice)_\d+")
+# Tags that it leaves standing.
+_LEFT_TAG = re.compile(
+    r"<ref\b[^<>]*>[^<>]*</ref>|</?(?:br|ref|poem|div|span|small|center|blockquote|sub|sup)\b[^<>]*>"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Document:
+    """Raw text and what it is written in, so that any process can turn it into paragraphs.
+
+    Attributes:
+        namespaces: the dump's own names of what links may lead to without being prose (`Datei`).
+    """
+
+    text: str
+    form: Literal["plain", "markdown", "wikitext", "wikiextractor"]
+    namespaces: tuple[str, ...] = ()
+
+
+def paragraphs(document: Document, counts: Counts) -> list[str]:
+    """A document's paragraphs, markup gone; `counts` learns what had to be dropped."""
+    if document.form == "wikitext":
+        return wiki.paragraphs(document.text, namespaces=document.namespaces, counts=counts)
+    if document.form == "wikiextractor":
+        return _clean_extracted(document.text).splitlines()
+    text = _strip_markdown(document.text) if document.form == "markdown" else document.text
+    return [
+        paragraph
+        for block in _BLANK_LINES.split(text)
+        for paragraph in _unwrapped(block.splitlines())
+    ]
+
+
+def _unwrapped(lines: list[str]) -> list[str]:
+    """Lines that were wrapped by hand become one paragraph; long lines are one each."""
+    if len(max(lines, key=len, default="")) <= _WRAPPED_LINE_CHARACTERS:
+        return [" ".join(lines)]
+    return lines
+
+
+def _clean_extracted(text: str) -> str:
+    text = html.unescape(text)
+    if "formula_" in text or "codice_" in text:
+        text = _PLACEHOLDER.sub("", text)
+    return tidy(_LEFT_TAG.sub("", text))
+
+
+def _heading(found: re.Match[str]) -> str:
+    return "\n\n" + found[1].rstrip(" \t#") + "\n"
+
+
+# The patterns start with what is rare, which makes the search for it fast; a newline is put before
+# the text, so that every line has one. Whatever opens has to close within a window.
+_MARKDOWN = (
+    # what the text must hold, the pattern, what stands in its place
+    ("```", re.compile(r"\n```.*?\n```[^\n]*", re.DOTALL), "\n"),  # fenced code
+    ("~~~", re.compile(r"\n~~~.*?\n~~~[^\n]*", re.DOTALL), "\n"),
+    ("![", re.compile(r"!\[[^\]\n]{0,4000}\]\([^)\n]{0,4000}\)"), ""),  # images
+    ("](", re.compile(r"\[([^\]\n]{0,4000})\]\([^)\n]{0,4000}\)"), r"\1"),  # links
+    ("<", re.compile(r"<[/a-zA-Z!][^>\n]{0,4000}>"), ""),  # HTML
+    ("#", re.compile(r"\n[ \t]*#{1,6}[ \t]+([^\n]*)"), _heading),
+    ("", re.compile(r"\n[ \t]*(?:>[ \t]?|[-*+][ \t]+|\d+[.)][ \t]+)"), "\n"),  # quotes, lists
+    ("", re.compile(r"\n[ \t]*(?:[-*_=][ \t]*){3,}(?=\n|\Z)"), "\n"),  # rules
+    (
+        "",  # emphasis
+        re.compile(
+            r"(\*\*\*(?<!\w\*\*\*)|\*\*(?<!\w\*\*)|\*(?<!\w\*)|__(?<!\w__)|_(?<!\w_)|`(?<!\w`))"
+            r"(?=\S)([^\n]{0,4000}?\S)\1(?!\w)"
+        ),
+        r"\2",
+    ),
+    ("\\", re.compile(r"\\([\\`*_{}\[\]()#+.!>-])"), r"\1"),  # escapes
+)
+
+
+def _strip_markdown(text: str) -> str:
+    text = f"\n{text}"
+    for mark, pattern, replacement in _MARKDOWN:
+        if mark in text:
+            text = pattern.sub(replacement, text)
+    return html.unescape(text)

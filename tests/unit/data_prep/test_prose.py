@@ -1,0 +1,56 @@
+import collections
+import time
+
+import pytest
+
+from data_prep.prose import Document, paragraphs
+
+
+def prose(document: Document) -> list[str]:
+    found = paragraphs(document, collections.Counter())
+    return [text.strip() for text in found if text.strip()]
+
+
+def test_plain_text_is_paragraphs() -> None:
+    long_line = "This line is not wrapped by hand. " * 4
+    text = f"A line that\ngoes on.\n \t\nAnother.\n\n{long_line}\nIts neighbour.\n"
+    assert prose(Document(text=text, form="plain")) == [
+        *("A line that goes on.", "Another.", long_line.strip(), "Its neighbour."),
+    ]
+
+
+def test_markdown_loses_its_marks() -> None:
+    text = (
+        "# The *first* chapter #\nIt **was** a [dark](http://x.y) night, `so` _they_ say.\n\n"
+        "![picture](a.png)\n\n> Quoted &amp; true.\n\n- an item\n- snake_case_name\n\n---\n\n"
+        "```python\ncode = 1\n```\n\n~~~\nmore code\n~~~ \n\n<br>2 \\* 3\n## Its end"
+    )
+    assert prose(Document(text=text, form="markdown")) == [
+        "The first chapter",
+        "It was a dark night, so they say.",
+        "Quoted & true.",
+        "an item snake_case_name",
+        "2 * 3",
+        "Its end",
+    ]
+
+
+def test_emphasis_needs_the_edges_of_words() -> None:
+    text = "***All*** _of_ `it`, 2*3*4, a_b_c, * no *, __init__(x), **half\n\n**way** " + "x" * 5000
+    assert prose(Document(text=text, form="markdown")) == [
+        "All of it, 2*3*4, a_b_c, * no *, init(x), **half",
+        "way " + "x" * 5000,
+    ]
+
+
+def test_extracted_text_is_a_paragraph_a_line() -> None:
+    text = 'Tea () is &lt;hot&gt; formula_12 .\nMore<ref name="a"></ref>.<br>\n\ncodice_1'
+    assert prose(Document(text=text, form="wikiextractor")) == ["Tea is <hot>.", "More."]
+
+
+@pytest.mark.parametrize("unit", ["*a ", "_", "# ", "[a](", "![a", "<br ", "- ", "```\n", "1. \\"])
+def test_hostile_marks_take_bounded_time(unit: str) -> None:
+    started = time.process_time()
+    for end in ("", "\nx", "x"):
+        prose(Document(text=unit * (24_000 // len(unit)) + end, form="markdown"))
+    assert time.process_time() - started < 10
