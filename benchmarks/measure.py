@@ -1,0 +1,118 @@
+"""Run commands of ours and of peers in turns, and write what they cost as a dated report."""
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one run of a command took, start-up included."""
+
+    cpu_s: float
+    wall_s: float
+    peak_mb: float  # of the largest of its processes
+
+
+def run(command: Sequence[str], env: Mapping[str, str] | None = None) -> Cost:
+    """Run a command to its end.
+
+    Raises:
+        RuntimeError: it failed; the message has the end of what it said.
+    """
+    started = time.monotonic()
+    with subprocess.Popen(
+        [str(word) for word in command],
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        said = process.stdout.read()
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{said[-2000:]}")
+    return Cost(
+        cpu_s=used.ru_utime + used.ru_stime,
+        wall_s=time.monotonic() - started,
+        peak_mb=used.ru_maxrss / (1024 if sys.platform == "linux" else 1 << 20),
+    )
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], Cost]], *, rounds: int
+) -> dict[str, list[Cost]]:
+    """Run each contender once a round, so that a noisy spell of the machine hits them all."""
+    costs: dict[str, list[Cost]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        for name, contender in contenders.items():
+            print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr)
+            costs[name].append(contender())
+    return costs
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle one."""
+    return statistics.median(values)
+
+
+def spread(values: Sequence[float]) -> str:
+    """The median, with the least and the largest."""
+    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def hardware() -> str:
+    """The processor's name and the number of cores that this process may use."""
+    try:
+        described = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        names = [line.split(":", 1)[1] for line in described.splitlines() if "model name" in line]
+    except OSError:
+        names = []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{(names or [platform.processor()])[0].strip()}, {cores} cores"
+
+
+def write_report(
+    theme: str,
+    *,
+    title: str,
+    command: str,
+    sections: Sequence[str],
+    figures: Mapping[str, Any],
+    slug: str,
+) -> Path:
+    """Write `[theme]_[slug]_[yyyymm].md`, and the figures beside it as JSON.
+
+    Args:
+        command: how to make it again, with names instead of this machine's paths.
+        slug: the hardware in one word.
+    """
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    path = HERE / f"{theme}_{slug}_{today:%Y%m}.md"
+    facts = [
+        f"{today}, {hardware()}, Python {platform.python_version()}, {platform.system()}",
+        f"`{command}`",
+    ]
+    path.write_text("\n\n".join([f"# {title}", *facts, *sections]) + "\n", encoding="utf-8")
+    record = {"date": str(today), "hardware": hardware(), "command": command, **figures}
+    path.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
