@@ -68,7 +68,7 @@ def extract_text(
     with resumable_folder(output_dir, identity) as folder, _cleared_if_useless(folder):
         start = load_progress(folder)
         if start.files:
-            print(f"text: going on after {len(start.files)} complete parts", file=sys.stderr)
+            print(f"text: going on after {max(start.files)}", file=sys.stderr)
         left_out = _LeftOut(start, len(sources))
         batches = _batches(_documents(sources, config, start.place, left_out), config.language)
         with pool(workers) as processes:
@@ -89,15 +89,18 @@ def extract_text(
 
 def _identify(sources: Sequence[Source | HubDataset]) -> dict[str, str]:
     """What identifies each input; says which hold the same, whose text will count twice."""
-    names: dict[str, str] = {}
     hashes: dict[str, str] = {}
+    first_names: dict[str, str] = {}
     num_bytes = sum(source.num_bytes for source in sources)
     with _bar("text: looking through the input", num_bytes, leave=False) as bar:
         for source in sources:
             stamp = identify(source, bar.update) if isinstance(source, Source) else source.stamp
             hashes[source.name] = stamp
-            if source.num_bytes and names.setdefault(stamp, source.name) != source.name:
-                print(f"warning: {source.name} holds the same as {names[stamp]}", file=sys.stderr)
+            if source.num_bytes:
+                first_names.setdefault(stamp, source.name)
+    for name, stamp in hashes.items():
+        if (first := first_names.get(stamp, name)) != name:
+            print(f"warning: {name} holds the same as {first}", file=sys.stderr)
     return hashes
 
 

@@ -153,13 +153,20 @@ def read_texts(
             batch = next(batches, None)
         if batch is None:
             return
-        texts = batch.get(text_field, [0])
-        if not all(isinstance(text, str | None) for text in texts):
-            columns = [(key, type(cells[0]).__name__) for key, cells in batch.items()]
-            check_column(columns, text_field, dataset.name)
+        # Files of JSON may keep other types than their first rows have.
+        check_column(
+            [(key, _kind(cells)) for key, cells in batch.items()], text_field, dataset.name
+        )
+        texts = batch[text_field]
         yield from texts
         if on_read is not None:
             on_read(sum(map(len, filter(None, texts))))
+
+
+def _kind(cells: Sequence[object]) -> str:
+    """`string`, or the type of the first cell that is no text."""
+    others = (type(cell).__name__ for cell in cells if not isinstance(cell, str | None))
+    return next(others, "string")
 
 
 @contextlib.contextmanager

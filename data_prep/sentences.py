@@ -9,7 +9,7 @@ import sentencex
 _MAX_WORDS = 100
 _MAX_CHARACTERS = 1000
 # In scripts without blanks, and after an opened quote, it takes the square of the length.
-_MAX_PARAGRAPH_CHARACTERS = 10_000
+_MAX_PARAGRAPH_CHARACTERS = 25_000
 _INNER_END = re.compile(r"(?<=[.!?;])\s+|(?<=[。！？；])")
 _LAST_END = re.compile(r".*(?:[.!?…][\"'”’)\]]* |[。！？](?![”’」』）]))", re.DOTALL)
 _LETTER = re.compile(r"[^\W_]")

@@ -388,7 +388,7 @@ def test_a_full_disk_costs_no_complete_part(tmp_path: Path) -> None:
         "choose another output folder, then run the same command again"
     ]
     again = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, check=True)
-    assert again.stderr == "text: going on after 2 complete parts\n"
+    assert again.stderr == "text: going on after part_00001.txt\n"
     assert counts(out)["documents"] == 451
 
 

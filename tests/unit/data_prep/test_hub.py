@@ -93,6 +93,13 @@ def test_broken_folders_are_one_line(tmp_path: Path) -> None:
     (folder / "a.jsonl").write_text(json.dumps({"text": "x"}) + "\n{oops\n")
     with pytest.raises(DataError, match="files can't be loaded: JSON parse error"):
         read(folder)
+    (folder / "a.jsonl").write_text(
+        "".join(f'{{"text": {cell}}}\n' for cell in ('"x"', "null", "[]"))
+    )
+    with pytest.raises(
+        DataError, match=r"files: wanted one column 'text' of text, got text \(Json"
+    ):
+        read(folder)
     with pytest.raises(DataError, match=r"a\.jsonl is a file; name it without --format hf"):
         read(folder / "a.jsonl")
     (tmp_path / "saved").mkdir()

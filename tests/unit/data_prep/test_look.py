@@ -126,6 +126,5 @@ def test_verify_tells_of_what_was_never_completed(tmp_path: Path) -> None:
     (tmp_path / "out" / ".incomplete-wiki").mkdir(parents=True)
     num_files, problems = verify(tmp_path)
     assert num_files == 0
-    assert problems == [
-        f"{tmp_path / 'out' / '.incomplete-wiki'}: never completed; run its command again, or remove it"
-    ]
+    folder = tmp_path / "out" / ".incomplete-wiki"
+    assert problems == [f"{folder}: never completed; run its command again, or remove it"]
