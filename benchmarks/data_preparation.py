@@ -1,9 +1,9 @@
 """What making shards costs: ours beside NVIDIA's script, more workers, larger corpora, a real dump.
 
-    python benchmarks/data_preparation.py --nvidia DeepLearningExamples/PyTorch/LanguageModeling/BERT
+    python benchmarks/data_preparation.py --nvidia FOLDER
 
-`--nvidia` is a folder with create_pretraining_data.py (and what it imports: pip install six boto3
-requests); without it only ours runs. `--text` is a folder of sentences that `data_prep text` wrote;
+FOLDER has create_pretraining_data.py, in DeepLearningExamples/PyTorch/LanguageModeling/BERT, and what
+it imports is installed (pip install six boto3 requests); without it only ours runs. `--text` is a folder of sentences that `data_prep text` wrote;
 without it the demo's Wikipedia dump is the text, over and over.
 """
 
@@ -259,10 +259,11 @@ def main(words: Sequence[str] | None = None) -> None:
             figures |= found
     flags = "--text TEXT --vocab_file VOCAB" if arguments.text else ""
     flags += " --nvidia FOLDER" if arguments.nvidia else ""
+    flags += " --quick" if arguments.quick else ""
     path = measure.write_report(
         "data_preparation",
         title="Data preparation",
-        command=f"python benchmarks/data_preparation.py {flags}{' --quick' * arguments.quick}".strip(),
+        command=" ".join(f"python benchmarks/data_preparation.py {flags}".split()),
         sections=sections,
         figures=figures,
         slug=arguments.hardware,
