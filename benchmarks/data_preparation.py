@@ -2,9 +2,10 @@
 
     python benchmarks/data_preparation.py --nvidia FOLDER
 
-FOLDER has create_pretraining_data.py, in DeepLearningExamples/PyTorch/LanguageModeling/BERT, and what
-it imports is installed (pip install six boto3 requests); without it only ours runs. `--text` is a folder of sentences that `data_prep text` wrote;
-without it the demo's Wikipedia dump is the text, over and over.
+FOLDER has create_pretraining_data.py (DeepLearningExamples/PyTorch/LanguageModeling/BERT), and what
+it imports is installed: pip install six boto3 requests. Without it only ours runs. `--text` is a
+folder of sentences that `data_prep text` wrote; without it the demo's Wikipedia dump is the text,
+over and over.
 """
 
 import argparse

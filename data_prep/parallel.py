@@ -5,6 +5,7 @@ import collections
 import concurrent.futures
 import contextlib
 import itertools
+import logging
 import multiprocessing
 import os
 import signal
@@ -36,7 +37,7 @@ class Pool:
         """The results of `function`, in the order of the tasks, which are drawn as they are needed.
 
         Raises:
-            DataError: a worker was killed; or what `function` raises.
+            DataError: a worker was killed or the cluster is gone; or what `function` raises.
         """
         if self._executor is None:
             yield from map(function, tasks)
@@ -49,8 +50,10 @@ class Pool:
         while pending:
             try:
                 result = pending.popleft().result()
-            except (BrokenProcessPool, concurrent.futures.CancelledError) as error:
+            except BrokenProcessPool as error:
                 raise DataError(_KILLED_MESSAGE) from error
+            except concurrent.futures.CancelledError as error:
+                raise DataError(_CLUSTER_MESSAGE) from error
             pending.extend(
                 self._executor.submit(function, task) for task in itertools.islice(iterator, 1)
             )
@@ -60,6 +63,10 @@ class Pool:
 _KILLED_MESSAGE = (
     "a worker process was killed, most often because memory ran out; "
     "run the same command again with a lower --workers"
+)
+_CLUSTER_MESSAGE = (
+    "the Dask cluster gave the work up: the scheduler is gone, or workers were killed, most often "
+    "because memory ran out; start them anew and run the same command again"
 )
 
 
@@ -147,6 +154,9 @@ def _dask_pool(address: str) -> Iterator[Pool]:
             f"({str(error) or f'none within {_CONNECT_S} s'}); "
             "start one with `dask scheduler`, and workers with `dask worker ADDRESS`"
         ) from error
+    # What they log when the scheduler or the user ends the work, the user gets in one line.
+    for name in ("distributed.client", "tornado.application"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with client:
         threads = sum(client.nthreads().values())
         if threads == 0:
@@ -157,14 +167,14 @@ def _dask_pool(address: str) -> Iterator[Pool]:
         try:
             yield Pool(client.get_executor(pure=False), threads)
         except KilledWorker as error:
-            raise DataError(_KILLED_MESSAGE) from error
+            raise DataError(_CLUSTER_MESSAGE) from error
 
 
 async def _knock(address: str) -> None:
     """Fail where no scheduler answers: a client waits for ever where something else does (the
     scheduler's dashboard, say), and complains at its end.
     """
-    from distributed.comm import connect
+    from distributed.comm.core import connect
 
     to_address: Any = connect
     comm: Any = await asyncio.wait_for(to_address(address, timeout=_CONNECT_S), _CONNECT_S)

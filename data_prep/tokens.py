@@ -10,10 +10,13 @@ starts of documents and of sentences, and the tokens.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -62,7 +65,7 @@ class TokensConfig:
 
 
 class Range(NamedTuple):
-    """A part of a text file; it has the documents between the first blank lines after its ends."""
+    """A part of a text file: whole documents, between two of its bytes."""
 
     path: Path
     start: int
@@ -120,7 +123,12 @@ def tokenize_text(
     record = dataclasses.asdict(config)
     if is_done(folder, kind=KIND, config=record, inputs=inputs):
         return read_manifest(folder).summary
-    identity = {"config": record, "inputs": inputs, "version": __version__}
+    identity = {
+        "config": record,
+        "inputs": inputs,
+        "piece_bytes": _PIECE_BYTES,
+        "version": __version__,
+    }
     with resumable_folder(folder, identity) as staging:
         # The workers read this copy: the original may change under them.
         write_text(staging / VOCAB_NAME, "".join(f"{token}\n" for token in tokenizer.vocab))
@@ -132,7 +140,7 @@ def tokenize_text(
                 tokenizer.sha256,
                 config,
             )
-            for number, ranges in enumerate(plan_pieces(list(files)))
+            for number, ranges in enumerate(plan_pieces(list(files), _PIECE_BYTES))
         ]
         missing = [task for task in tasks if not task.receipt.exists()]
         done = sum(task.num_bytes for task in tasks) - sum(task.num_bytes for task in missing)
@@ -157,27 +165,58 @@ def stamp(path: Path) -> Stamp:
     Raises:
         DataError: it can't be read.
     """
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror or error}") from error
+    with _reading(path) as file:
+        status = os.fstat(file.fileno())
     return Stamp(status.st_size, status.st_mtime_ns)
 
 
-def plan_pieces(files: Sequence[Path], piece_bytes: int = _PIECE_BYTES) -> list[list[Range]]:
-    """Cut large files into pieces, and put small ones together."""
+def plan_pieces(files: Sequence[Path], piece_bytes: int) -> list[list[Range]]:
+    """Cut large files into pieces, and put small ones together.
+
+    A piece is longer than wanted by what its last document needs.
+
+    Raises:
+        DataError: a file can't be read.
+    """
     pieces: list[list[Range]] = []
     room = 0
-    for path in files:
-        size = stamp(path).num_bytes
-        for start in range(0, size, piece_bytes):
-            part = Range(path, start, min(start + piece_bytes, size))
-            if part.end - part.start > room:
-                pieces.append([])
-                room = piece_bytes
-            pieces[-1].append(part)
-            room -= part.end - part.start
+    for part in itertools.chain.from_iterable(_ranges(path, piece_bytes) for path in files):
+        if part.end - part.start > room:
+            pieces.append([])
+            room = piece_bytes
+        pieces[-1].append(part)
+        room -= part.end - part.start
     return pieces
+
+
+def _ranges(path: Path, num_bytes: int) -> Iterator[Range]:
+    with _reading(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        start = 0
+        while start < size:
+            end = min(start + num_bytes, size)
+            if end < size:
+                end = _next_document(file, end)
+            yield Range(path, start, end)
+            start = end
+
+
+def _next_document(file: IO[bytes], offset: int) -> int:
+    """Where the first line after a blank one that begins behind the offset is, or the end."""
+    file.seek(offset)
+    file.readline()
+    while (line := file.readline()) and line.decode("utf-8", "replace").strip():
+        pass
+    return file.tell()
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[IO[bytes]]:
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror or error}") from error
 
 
 def _tokenize_piece(task: _Task) -> None:
@@ -210,27 +249,13 @@ def read_range(part: Range) -> bytes:
     Raises:
         DataError: they can't be read, or are not text.
     """
-    try:
-        with open(part.path, "rb") as file:
-            start, end = _next_document(file, part.start), _next_document(file, part.end)
-            file.seek(start)
-            raw = file.read(max(0, end - start))
-    except OSError as error:
-        raise DataError(f"{part.path} can't be read: {error.strerror or error}") from error
-    decode(raw, where=part.path, offset=start)
-    if start == 0:
+    with _reading(part.path) as file:
+        file.seek(part.start)
+        raw = file.read(part.end - part.start)
+    decode(raw, where=part.path, offset=part.start)
+    if part.start == 0:
         raw = raw.removeprefix(_BYTE_ORDER_MARK)
     return raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in raw else raw
-
-
-def _next_document(file: IO[bytes], offset: int) -> int:
-    """Where the first line after a blank one that begins behind the offset is; 0 for 0."""
-    file.seek(offset)
-    if offset:
-        file.readline()
-        while (line := file.readline()) and line.decode("utf-8", "replace").strip():
-            pass
-    return file.tell()
 
 
 def _keys(text: bytes, spans: Array, seed: int) -> npt.NDArray[np.uint64]:

@@ -110,7 +110,7 @@ def test_from_a_dump_to_shards(text: Path, vocab: Path, tmp_path: Path) -> None:
     shown = run("inspect", folder, "-n", 1).stdout
     assert "[CLS]" in shown
     assert "files 4, rows" in shown
-    assert "verify: 5 files, 0 broken" in run("verify", tmp_path).stderr
+    assert "verify: 7 files, 0 broken" in run("verify", tmp_path).stderr
     (folder / "toy_test_0.hdf5").write_bytes(b"gone")
     broken = run("verify", tmp_path, code=2).stderr
     assert "toy_test_0.hdf5: 4 bytes, the manifest says" in broken
@@ -166,15 +166,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(text: Path, vocab: Path, tmp_p
         "shards", *flags, "--max_seq_length", 5, "--max_predictions_per_seq", 6
     )
     assert "--max_seq_length: wanted at least 5" in refused("shards", *flags, "--max_seq_length", 4)
-    assert "pass at most --n_training_shards 27" in refused(
-        "shards", *flags, "--n_training_shards", 100
-    )
     assert "no such file" in refused("shards", *flags, "--vocab_file", "none.txt").lower()
     words = tmp_path / "words.txt"
     words.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n")
     assert "lack [MASK]" in refused("shards", *flags, "--vocab_file", words)
     assert "unrecognized arguments: --worker 2" in refused("shards", *flags, "--worker", 2)
     assert not out.exists()
+    assert "pass at most --n_training_shards 27" in refused(
+        "shards", *flags, "--n_training_shards", 100
+    )
+    assert not list(out.rglob("*.hdf5"))
 
 
 def limit_file_size() -> None:
@@ -182,14 +183,14 @@ def limit_file_size() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(
+def test_a_full_disk_is_one_line_and_nothing_is_taken_for_whole(
     text: Path, vocab: Path, tmp_path: Path
 ) -> None:
     wide = ["--dupe_factor", 20]
     flags = [*shard_flags(text, vocab, tmp_path / "shards"), *wide]
     message = refused("shards", *flags, preexec_fn=limit_file_size)
     assert "cannot write" in message
-    assert "toy_training_0.hdf5: File too large; free space or" in message
+    assert "piece_00000.bin: File too large; free space or" in message
     source = text / "part_00000.txt"
     message = refused(
         *("instances", "--vocab_file", vocab, "--input_file", source),
@@ -201,7 +202,18 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
         "text", "--input", source, "--output_dir", tmp_path / "text", preexec_fn=limit_file_size
     )
     assert "part_00000.txt: File too large" in message
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not visible_files(tmp_path)
+    assert "0 broken" in run("verify", Path(run("shards", *flags).stdout.strip())).stderr
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """The files that a reader would find: not those in a folder that was never completed."""
+    return [
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and not any(part.startswith(".incomplete-") for part in path.relative_to(folder).parts)
+    ]
 
 
 def default_signals() -> None:
@@ -211,10 +223,10 @@ def default_signals() -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("whole_group", [True, False], ids=["terminal", "process"])
-def test_ctrl_c_ends_every_process_and_leaves_nothing(
+def test_ctrl_c_ends_every_process_and_the_command_goes_on(
     text: Path, vocab: Path, tmp_path: Path, workers: int, whole_group: bool
 ) -> None:
-    flags = [*shard_flags(text, vocab, tmp_path), "--dupe_factor", 2000, "--workers", workers]
+    flags = [*shard_flags(text, vocab, tmp_path), "--dupe_factor", 1000, "--workers", workers]
     process = subprocess.Popen(
         command("shards", *flags),
         cwd=ROOT,
@@ -224,10 +236,7 @@ def test_ctrl_c_ends_every_process_and_leaves_nothing(
         start_new_session=True,
         preexec_fn=default_signals,
     )
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.rglob("vocab.txt")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(1)
+    wait_for_shards(process, tmp_path)
     if whole_group:
         os.killpg(process.pid, signal.SIGINT)
     else:
@@ -236,13 +245,24 @@ def test_ctrl_c_ends_every_process_and_leaves_nothing(
     assert process.returncode == 130, errors
     assert errors.splitlines()[-1] == "interrupted"
     assert "Traceback" not in errors
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not list(tmp_path.glob("hdf5*/toy"))
     # Python's resource tracker, and a worker in the middle of starting, see a moment later that the
     # parent is gone.
     deadline = time.monotonic() + 10
     while group_members(process.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not group_members(process.pid)
+    run("shards", *flags)
+    assert "0 broken" in run("verify", tmp_path).stderr
+
+
+def wait_for_shards(process: "subprocess.Popen[str]", output: Path) -> None:
+    """Return when a command has begun to build shards."""
+    deadline = time.monotonic() + 60
+    while not list(output.glob("hdf5*/.incomplete-toy/vocab.txt")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def group_members(group: int) -> list[str]:
@@ -260,18 +280,17 @@ def group_members(group: int) -> list[str]:
 
 
 def test_a_killed_parent_takes_its_workers_along(text: Path, vocab: Path, tmp_path: Path) -> None:
-    flags = [*shard_flags(text, vocab, tmp_path), "--dupe_factor", 2000, "--workers", 2]
-    process = subprocess.Popen(command("shards", *flags), cwd=ROOT, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.rglob("vocab.txt")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(1)
+    flags = [*shard_flags(text, vocab, tmp_path), "--dupe_factor", 1000, "--workers", 2]
+    process = subprocess.Popen(
+        command("shards", *flags), cwd=ROOT, start_new_session=True, text=True
+    )
+    wait_for_shards(process, tmp_path)
     process.kill()
     process.wait()
     deadline = time.monotonic() + 20
     while group_members(process.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not group_members(process.pid)
-    # What the killed run left is not taken for whole, and does not stand in the way of the next.
-    assert "verify" not in refused("verify", tmp_path)
+    # What the killed run left is not taken for whole, and does not stand in the way of another.
+    assert "never completed; run its command again" in run("verify", tmp_path, code=2).stderr
     run("shards", *shard_flags(text, vocab, tmp_path))
