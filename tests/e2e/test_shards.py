@@ -246,7 +246,7 @@ def test_a_killed_worker_is_one_line_and_others_are_kept_out_meanwhile(
     line = job.run("--workers", 2, code=2)
     assert line.startswith("error: another process is filling ")
     workers = [pid for pid, line in processes(process.pid).items() if "spawn_main" in line]
-    assert len(workers) == 2
+    assert workers
     os.kill(workers[0], signal.SIGKILL)
     os.killpg(process.pid, signal.SIGCONT)
     output, errors = process.communicate(timeout=30)
