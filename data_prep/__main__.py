@@ -294,6 +294,11 @@ def _run_vocab(arguments: argparse.Namespace) -> int:
         do_lower_case=arguments.do_lower_case,
     )
     write_text(arguments.output, "".join(f"{token}\n" for token in vocab))
+    if len(vocab) < arguments.vocab_size:
+        print(
+            f"note: the text gives {len(vocab):,} tokens, not {arguments.vocab_size:,}",
+            file=sys.stderr,
+        )
     print(f"vocab: {len(vocab):,} tokens -> {arguments.output}", file=sys.stderr)
     return 0
 
@@ -332,9 +337,15 @@ def _run_instances(arguments: argparse.Namespace) -> int:
     tokenizer = WordPieceTokenizer.from_file(
         arguments.vocab_file, do_lower_case=arguments.do_lower_case
     )
+    input_files = _input_files(arguments.input_file)
+    taken = {path.resolve() for path in [*input_files, arguments.vocab_file]}
+    if arguments.output_file.resolve() in taken:
+        raise ConfigError(
+            f"--output_file {arguments.output_file} is a file that is read; choose another"
+        )
     _make_room(arguments.output_file)
     summary = build_instances(
-        _input_files(arguments.input_file),
+        input_files,
         arguments.output_file,
         tokenizer,
         config,

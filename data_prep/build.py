@@ -25,6 +25,7 @@ from data_prep.parallel import Pool, pool, progress
 from data_prep.tokens import (
     Range,
     TokensConfig,
+    end_of_equals,
     find_places,
     piece_files,
     read_documents,
@@ -123,7 +124,7 @@ def build_shards(
         counts = tokenize_text(
             files, tokenizer, tokens, tokens_config, inputs=inputs, pool=workers_pool
         )
-        plans = plan_shards(counts["documents"], config)
+        plans = plan_shards(counts["documents"], _num_held_out(counts, tokens, config), config)
         identity = {"config": config.as_record(), "inputs": inputs, "version": __version__}
         with resumable_folder(folder, identity) as staging:
             write_text(staging / VOCAB_NAME, (tokens / VOCAB_NAME).read_text(encoding="utf-8"))
@@ -171,20 +172,26 @@ def _hash_file(path: Path) -> str:
         raise DataError(f"{path} can't be read: {error.strerror or error}") from error
 
 
-def plan_shards(num_documents: int, config: ShardsConfig) -> list[ShardPlan]:
-    """Deal the documents out by their ranks: the first ones to the test shards.
+def _num_held_out(counts: Mapping[str, int], tokens: Path, config: ShardsConfig) -> int:
+    """How many documents are held out: the share asked for, and those equal to the last of them."""
+    if config.n_test_shards == 0:
+        return 0
+    wanted = round(counts["documents"] * config.fraction_test_set)
+    return end_of_equals(piece_files(tokens), wanted)
+
+
+def plan_shards(num_documents: int, num_test: int, config: ShardsConfig) -> list[ShardPlan]:
+    """Deal the documents out by their ranks: the first `num_test` ones to the test shards.
 
     Raises:
         ConfigError: there are not enough documents; the message says how many shards they fill.
     """
     needed = config.instances.min_documents
-    num_test = max(round(num_documents * config.fraction_test_set), config.n_test_shards * needed)
-    if config.n_test_shards == 0:
-        num_test = 0
-    if num_documents - num_test < config.n_training_shards * needed:
-        raise ConfigError(_too_few_message(num_documents, config))
+    num_training = num_documents - num_test
+    if num_training < config.n_training_shards * needed or num_test < config.n_test_shards * needed:
+        raise ConfigError(_too_few_message(num_documents, num_test, config))
     shares: list[tuple[Split, int, int, int]] = [
-        ("training", config.n_training_shards, num_test, num_documents - num_test),
+        ("training", config.n_training_shards, num_test, num_training),
         ("test", config.n_test_shards, 0, num_test),
     ]
     return [
@@ -196,21 +203,26 @@ def plan_shards(num_documents: int, config: ShardsConfig) -> list[ShardPlan]:
     ]
 
 
-def _too_few_message(num_documents: int, config: ShardsConfig) -> str:
+def _too_few_message(num_documents: int, num_test: int, config: ShardsConfig) -> str:
     needed = config.instances.min_documents
-    num_test = min(config.n_test_shards, round(num_documents * config.fraction_test_set) // needed)
-    held_out = max(round(num_documents * config.fraction_test_set), num_test * needed)
-    num_training = (num_documents - (held_out if num_test else 0)) // needed
-    if num_training == 0:
+    if num_documents < needed:
         return (
             f"{num_documents} document(s) with text, wanted at least {needed}: the second sentence "
             "of a pair comes from another document (a blank line separates them), and a shard is "
             "built on its own; give more text, or turn the pairs off with --no_nsp"
         )
+    most_test = num_test // needed
+    most_training = (num_documents - (num_test if most_test else 0)) // needed
+    if most_training == 0:
+        return (
+            f"of {num_documents} documents, {num_test} are held out, which leaves too few for a "
+            "training shard; lower --fraction_test_set"
+        )
     return (
-        f"{num_documents} documents can't fill {config.n_training_shards} training and "
-        f"{config.n_test_shards} test shards of at least {needed} each; pass at most "
-        f"--n_training_shards {num_training} --n_test_shards {num_test}"
+        f"{num_documents} documents, of which {num_test} are held out, can't fill "
+        f"{config.n_training_shards} training and {config.n_test_shards} test shards of at least "
+        f"{needed} each; pass at most --n_training_shards {most_training} --n_test_shards "
+        f"{most_test}, or another --fraction_test_set"
     )
 
 

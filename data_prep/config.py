@@ -101,6 +101,11 @@ class ShardsConfig:
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(f"--name: wanted a plain folder name, got {self.name!r}")
+        if "train" in self.name:
+            raise ConfigError(
+                f"--name: wanted one without `train`, got {self.name!r}: readers tell training "
+                "shards by that word in the file's name, and would train on the held-out ones"
+            )
         if self.n_training_shards < 1:
             raise ConfigError(
                 f"--n_training_shards: wanted at least 1, got {self.n_training_shards}"
@@ -126,4 +131,5 @@ class ShardsConfig:
     def as_record(self) -> dict[str, Any]:
         """The settings as the manifest keeps them: flat, under the flags' names."""
         record = dataclasses.asdict(self)
-        return {**record, **record.pop("instances")}
+        rows: dict[str, Any] = record.pop("instances")
+        return record | rows

@@ -35,7 +35,7 @@ def is_done(
         changed = "it was made with " + ", ".join(
             f"{key} {manifest.config.get(key)!r} instead of {wanted[key]!r}" for key in different
         )
-    elif list(manifest.inputs.values()) != list(inputs.values()):
+    elif sorted(manifest.inputs.values()) != sorted(inputs.values()):
         changed = "it was made from other text or another vocabulary"
     elif problems := find_problems(folder):
         changed = f"it was changed since ({problems[0]})"

@@ -16,16 +16,17 @@ from zerobert.manifest import (
     is_complete,
     leftovers,
     read_manifest,
+    try_lock,
 )
 from zerobert.shards import (
     SUFFIXES,
+    VOCAB_NAME,
     Array,
     ShardInfo,
     check_values,
     describe_shard,
     find_shards,
     read_shard,
-    shard_lower_case,
     shard_vocabulary,
 )
 from zerobert.tokenizer import CONTINUATION, WordPieceTokenizer
@@ -131,12 +132,17 @@ def _shards(path: Path) -> list[ShardInfo]:
 
 
 def _vocabulary(path: Path, vocab_file: Path | None) -> WordPieceTokenizer:
-    folder = path if path.is_dir() else path.parent
-    found = vocab_file or shard_vocabulary([folder])
+    found = vocab_file or (shard_vocabulary([path]) if path.is_dir() else _beside(path))
     if found is None:
-        raise ConfigError(f"{folder} has no vocab.txt beside its shards; name it with --vocab_file")
-    lower_case = shard_lower_case([folder])
-    return WordPieceTokenizer.from_file(found, do_lower_case=lower_case is not False)
+        raise ConfigError(
+            f"{path} has no {VOCAB_NAME} beside its shards; name it with --vocab_file"
+        )
+    return WordPieceTokenizer.from_file(found, do_lower_case=True)  # its tokens are all that counts
+
+
+def _beside(shard: Path) -> Path | None:
+    vocab_file = shard.with_name(VOCAB_NAME)
+    return vocab_file if vocab_file.is_file() else None
 
 
 def _label(arrays: dict[str, Array], row: int) -> str:
@@ -187,10 +193,7 @@ def verify(path: Path) -> tuple[int, list[str]]:
     checked: set[Path] = set()
     problems: list[str] = []
     for folder in _visible_folders(path):
-        problems += [
-            f"{unfinished}: never completed; run its command again, or remove it"
-            for unfinished in leftovers(folder)
-        ]
+        problems += map(_unfinished, leftovers(folder))
         if is_complete(folder):
             try:
                 checked.update(folder / name for name in read_manifest(folder).files)
@@ -205,6 +208,14 @@ def verify(path: Path) -> tuple[int, list[str]]:
     if not checked and not problems:
         raise DataError(f"{path}: neither a {MANIFEST_NAME} nor an HDF5 file to check")
     return len(checked), problems
+
+
+def _unfinished(folder: Path) -> str:
+    descriptor = try_lock(folder)
+    if descriptor is None:
+        return f"{folder}: another process is filling it; wait for its end"
+    os.close(descriptor)
+    return f"{folder}: never completed; run its command again, or remove it"
 
 
 def _visible_folders(path: Path) -> Iterator[Path]:
@@ -226,14 +237,14 @@ def _shard_files(path: Path) -> list[Path]:
 
 def _shard_problems(path: Path) -> list[str]:
     try:
-        check_values(read_shard(path), vocab_size=_vocab_size(path.parent), where=str(path))
+        check_values(read_shard(path), vocab_size=_vocab_size(path), where=str(path))
     except DataError as error:
         return [str(error)]
     return []
 
 
-def _vocab_size(folder: Path) -> int | None:
-    vocab_file = shard_vocabulary([folder])
+def _vocab_size(shard: Path) -> int | None:
+    vocab_file = _beside(shard)
     if vocab_file is None:
         return None
     return len(WordPieceTokenizer.from_file(vocab_file, do_lower_case=True).vocab)

@@ -4,6 +4,7 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import itertools
 import logging
 import multiprocessing
@@ -28,9 +29,9 @@ _TASKS_PER_WORKER = 3
 class Pool:
     """Where tasks run: this process, others of this machine, or a Dask cluster."""
 
-    def __init__(self, executor: concurrent.futures.Executor | None, num_workers: int) -> None:
-        """Take an executor; None is this process itself."""
-        self._executor = executor
+    def __init__(self, submit: Callable[..., Any] | None, num_workers: int) -> None:
+        """Take what starts a task and returns its future; None runs tasks in this process."""
+        self._submit = submit
         self._num_waiting = num_workers * _TASKS_PER_WORKER
 
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
@@ -39,24 +40,19 @@ class Pool:
         Raises:
             DataError: a worker was killed or the cluster is gone; or what `function` raises.
         """
-        if self._executor is None:
+        if self._submit is None:
             yield from map(function, tasks)
             return
         iterator = iter(tasks)
         pending = collections.deque(
-            self._executor.submit(function, task)
-            for task in itertools.islice(iterator, self._num_waiting)
+            self._submit(function, task) for task in itertools.islice(iterator, self._num_waiting)
         )
         while pending:
             try:
                 result = pending.popleft().result()
             except BrokenProcessPool as error:
                 raise DataError(_KILLED_MESSAGE) from error
-            except concurrent.futures.CancelledError as error:
-                raise DataError(_CLUSTER_MESSAGE) from error
-            pending.extend(
-                self._executor.submit(function, task) for task in itertools.islice(iterator, 1)
-            )
+            pending.extend(self._submit(function, task) for task in itertools.islice(iterator, 1))
             yield result
 
 
@@ -89,7 +85,7 @@ def pool(workers: int, dask_scheduler: str | None = None) -> Iterator[Pool]:
         yield Pool(None, 1)
     else:
         with _processes(workers) as executor:
-            yield Pool(executor, workers)
+            yield Pool(executor.submit, workers)
 
 
 def ordered_map(
@@ -117,6 +113,10 @@ def _processes(workers: int) -> Iterator[concurrent.futures.ProcessPoolExecutor]
         # Nobody wants the results of the tasks that are under way any more.
         for process in set(multiprocessing.active_children()) - others:
             process.terminate()
+        # The executor's thread may be in the middle of a message from a worker that is no more. It
+        # sees the pipe's end only when this process closes its own copy of that end.
+        queues: Any = executor
+        queues._result_queue._writer.close()
         raise
     finally:
         executor.shutdown(cancel_futures=True)
@@ -140,6 +140,7 @@ def _end_with_parent() -> None:
 def _dask_pool(address: str) -> Iterator[Pool]:
     try:
         from distributed import Client, KilledWorker
+        from distributed.comm.core import CommClosedError
     except ImportError as error:
         raise MissingDependencyError(
             "--dask_scheduler needs Dask; install it with `pip install distributed`"
@@ -155,7 +156,7 @@ def _dask_pool(address: str) -> Iterator[Pool]:
             "start one with `dask scheduler`, and workers with `dask worker ADDRESS`"
         ) from error
     # What they log when the scheduler or the user ends the work, the user gets in one line.
-    for name in ("distributed.client", "tornado.application"):
+    for name in ("distributed", "distributed.client", "tornado.application"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with client:
         threads = sum(client.nthreads().values())
@@ -165,8 +166,10 @@ def _dask_pool(address: str) -> Iterator[Pool]:
                 f"start some with `dask worker {address}`"
             )
         try:
-            yield Pool(client.get_executor(pure=False), threads)
-        except KilledWorker as error:
+            # Not by client.get_executor(): where the scheduler goes while a result is fetched, its
+            # futures never end.
+            yield Pool(functools.partial(client.submit, pure=False), threads)
+        except (KilledWorker, CommClosedError, *_CANCELLED) as error:
             raise DataError(_CLUSTER_MESSAGE) from error
 
 
@@ -182,6 +185,7 @@ async def _knock(address: str) -> None:
 
 
 _CONNECT_S = 10
+_CANCELLED = (concurrent.futures.CancelledError, asyncio.CancelledError)
 
 
 def progress(

@@ -119,7 +119,12 @@ def walk(folder: Path, suffixes: Container[str]) -> Iterator[Path]:
     Raises:
         DataError: a folder can't be read.
     """
-    for parent, names, files in os.walk(folder, onerror=_refuse_folder):
+    entered: set[str] = set()
+    for parent, names, files in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in entered:  # a link back up, or twice the same
+            names.clear()
+            continue
+        entered.add(real)
         names[:] = sorted(name for name in names if not name.startswith("."))
         for name in sorted(files):
             if not name.startswith(".") and _ends_right(name, suffixes):

@@ -320,22 +320,38 @@ def find_places(pieces: Sequence[Path], ranks: Sequence[int]) -> Array:
     Returns:
         [ranks, pieces]: how many documents of the piece come before the rank.
     """
-    # Copies: a piece that is mapped holds a file open, and there may be more than a process may.
-    keys = [np.array(_Piece(path).keys) for path in pieces]
-    wanted = np.array(ranks, np.int64)
-    # The least key with at least as many documents up to it as wanted, by bisection.
-    low, high = np.zeros(len(ranks), np.uint64), np.full(len(ranks), np.iinfo(np.uint64).max)
-    while (low < high).any():
-        middle = low + (high - low) // np.uint64(2)
-        is_enough = _counts(keys, middle, "right").sum(axis=1) >= wanted
-        high = np.where(is_enough, middle, high)
-        low = np.where(is_enough, low, middle + np.uint64(1))
-    before, upto = _counts(keys, low, "left"), _counts(keys, low, "right")
+    keys, wanted = _keys_of(pieces), np.array(ranks, np.int64)
+    last = _last_keys(keys, wanted)
+    before, upto = _counts(keys, last, "left"), _counts(keys, last, "right")
     # Of the documents with that very key, as many as are lacking, piece by piece.
     lacking = (wanted - before.sum(axis=1))[:, None]
     earlier = np.cumsum(upto - before, axis=1) - (upto - before)
     places: Array = before + np.clip(lacking - earlier, 0, upto - before)
     return places
+
+
+def end_of_equals(pieces: Sequence[Path], rank: int) -> int:
+    """The first rank from this one on where a key differs from that of the document before."""
+    if rank == 0:
+        return 0
+    keys = _keys_of(pieces)
+    return int(_counts(keys, _last_keys(keys, np.array([rank])), "right").sum())
+
+
+def _keys_of(pieces: Sequence[Path]) -> list[Array]:
+    # Copies: a piece that is mapped holds a file open, and there may be more than a process may.
+    return [np.array(_Piece(path).keys) for path in pieces]
+
+
+def _last_keys(keys: Sequence[Array], ranks: Array) -> Array:
+    """The least key with at least as many documents up to it as each rank says, by bisection."""
+    low, high = np.zeros(len(ranks), np.uint64), np.full(len(ranks), np.iinfo(np.uint64).max)
+    while (low < high).any():
+        middle = low + (high - low) // np.uint64(2)
+        is_enough = _counts(keys, middle, "right").sum(axis=1) >= ranks
+        high = np.where(is_enough, middle, high)
+        low = np.where(is_enough, low, middle + np.uint64(1))
+    return low
 
 
 def _counts(keys: Sequence[Array], wanted: Array, side: Any) -> Array:

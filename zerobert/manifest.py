@@ -176,9 +176,21 @@ def resumable_folder(final: Path, identity: Mapping[str, Any]) -> Iterator[Path]
         for unfinished in staging.glob(_TEMPORARY):
             unfinished.unlink(missing_ok=True)
         yield staging
+        if final.exists():
+            _remove_if_empty(final)
         publish_folder(staging, final)
         for hidden in final.glob(".*"):
             hidden.unlink()
+
+
+def _remove_if_empty(final: Path) -> None:
+    try:
+        final.rmdir()
+    except OSError as error:
+        raise DataError(
+            f"{final} was filled by somebody else in the meantime, and is left as it is; move it "
+            "away and run the same command again, which has little left to do"
+        ) from error
 
 
 def _identity(staging: Path) -> Any:

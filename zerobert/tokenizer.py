@@ -38,6 +38,8 @@ _MIN_ALPHABET = 1000
 # Source: SentencePiece's character_coverage for languages with rich character sets.
 _CHARACTER_COVERAGE = 0.9995
 _BLOCK_BYTES = 4 << 20
+# More than any model has; the library aborts where it can't reserve the memory.
+_MAX_VOCAB_SIZE = 10_000_000
 
 
 class WordPieceTokenizer:
@@ -195,9 +197,9 @@ def train_vocabulary(files: Sequence[Path], *, vocab_size: int, do_lower_case: b
         DataError: a file can't be read, or there is no text in them.
         ConfigError: the size has no room for the special tokens and a few characters.
     """
-    if vocab_size < 2 * len(SPECIAL_TOKENS):
+    if not 2 * len(SPECIAL_TOKENS) <= vocab_size <= _MAX_VOCAB_SIZE:
         raise ConfigError(
-            f"vocab_size: wanted at least {2 * len(SPECIAL_TOKENS)}, got {vocab_size}"
+            f"vocab_size: wanted {2 * len(SPECIAL_TOKENS)} to {_MAX_VOCAB_SIZE}, got {vocab_size}"
         )
     tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=do_lower_case)

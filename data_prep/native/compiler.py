@@ -25,9 +25,9 @@ def load() -> ctypes.CDLL | None:
     """The compiled library; None, with a line on stderr, where it can't be built."""
     try:
         return ctypes.CDLL(str(_built()))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", None) or error
-        reason = str(detail).strip().splitlines()[-1]
+        reason = next(reversed(str(detail).strip().splitlines()), "the compiler failed")
         if _TOLD not in os.environ:
             os.environ[_TOLD] = "1"
             _tell(reason)
@@ -56,15 +56,24 @@ def _built() -> Path:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _refuse_foreign(folder)
-            if library.is_file():
+            if library.is_file() and _can_be_loaded(library):
                 return library
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 finished = Path(scratch, library.name)
                 compile_library(finished)
+                ctypes.CDLL(str(finished))
                 return finished.replace(library)
         except OSError as error:  # no permission, a read-only disk, a full one
             problems.append(error)
     raise problems[0]
+
+
+def _can_be_loaded(library: Path) -> bool:
+    try:
+        ctypes.CDLL(str(library))
+    except OSError:  # cut short, or of another machine
+        return False
+    return True
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -98,7 +107,12 @@ def _compiler() -> list[str]:
 
 
 def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "zerobert")
+    if configured := os.environ.get("XDG_CACHE_HOME"):
+        return Path(configured, "zerobert")
+    try:
+        return Path.home() / ".cache" / "zerobert"
+    except RuntimeError:  # a user without a home, as in some containers
+        return _private_folder()
 
 
 def _private_folder() -> Path:

@@ -286,3 +286,21 @@ def test_a_folder_begun_with_other_settings_starts_over(tmp_path: Path) -> None:
             with manifest.resumable_folder(final, {"seed": 3}):
                 pass
     assert names(final) == []
+
+
+def test_what_somebody_else_put_there_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    final = tmp_path / "out"
+
+    def fill() -> None:
+        with manifest.resumable_folder(final, {"seed": 1}) as staging:
+            (staging / "first").write_text("1")
+            final.mkdir(exist_ok=True)
+            (final / "mine").write_text("precious")
+
+    with pytest.raises(DataError, match="was filled by somebody else in the meantime"):
+        fill()
+    assert names(final) == ["mine"]
+    (final / "mine").unlink()
+    with manifest.resumable_folder(final, {"seed": 1}) as staging:
+        assert (staging / "first").read_text() == "1"
+    assert names(final) == ["first"]

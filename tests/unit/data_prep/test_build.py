@@ -145,7 +145,8 @@ def test_a_plan_uses_every_document_once_or_says_what_would_fit(
             fraction_test_set=fraction,
             instances=InstanceConfig(no_nsp=no_nsp),
         )
-        plans = plan_shards(num_documents, config)
+        held_out = round(num_documents * fraction) if n_test else 0
+        plans = plan_shards(num_documents, held_out, config)
         assert [plan.number for plan in plans] == [*range(n_training), *range(n_test)]
         dealt = [rank for plan in plans for rank in range(plan.first, plan.end)]
         assert sorted(dealt) == list(range(num_documents))
@@ -162,8 +163,10 @@ def test_a_plan_uses_every_document_once_or_says_what_would_fit(
         return
     if advice := re.search(r"--n_training_shards (\d+) --n_test_shards (\d+)", message):
         assert min(plan(int(advice[1]), int(advice[2]))) >= needed
+    elif "lower --fraction_test_set" in message:
+        assert num_documents - round(num_documents * fraction) < needed
     else:
-        assert num_documents < 2 * needed
+        assert num_documents < needed
         assert f"wanted at least {needed}" in message
 
 
@@ -601,3 +604,25 @@ def test_bad_text_for_one_shard_is_refused(
     with pytest.raises(DataError, match=r"a\.txt can't be read: No such file"):
         build_instances([tmp_path / "a.txt"], tmp_path / "a.hdf5", tokenizer, rows, random_seed=1)
     assert [path.name for path in tmp_path.iterdir()] == ["vocab.txt"]
+
+
+def test_equal_documents_are_on_one_side_of_the_hold_out(tmp_path: Path, vocab_file: Path) -> None:
+    texts = write_texts(tmp_path / "text", [*range(8), *[25] * 30], [*range(8, 16), *[25] * 30])
+    config = small_config(n_training_shards=2, n_test_shards=2, fraction_test_set=0.4)
+    folder, _ = build_shards(texts, vocab_file, tmp_path / "out", config, workers=1)
+
+    def has_the_repeated_one(split: Any) -> bool:
+        arrays = [read_shard(shard.path) for shard in find_shards([folder], split)]
+        z = [*SPECIAL_TOKENS, *LETTERS].index("z")
+        return any(
+            bool((a[name] == z).any()) for a in arrays for name in ("input_ids", "masked_lm_ids")
+        )
+
+    assert has_the_repeated_one("training") != has_the_repeated_one("test")
+
+
+def test_no_more_is_held_out_than_was_asked_for(tmp_path: Path, vocab_file: Path) -> None:
+    texts = write_texts(tmp_path / "text", list(range(50)))
+    config = small_config(n_test_shards=8, fraction_test_set=0.1)
+    with pytest.raises(ConfigError, match=r"of which 5 are held out, .* --n_test_shards 2, or"):
+        build_shards(texts, vocab_file, tmp_path / "out", config, workers=1)

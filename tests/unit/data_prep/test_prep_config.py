@@ -40,6 +40,7 @@ def test_rows_that_can_not_be_made(settings: dict[str, Any], message: str) -> No
     [
         ({"name": "a/b"}, "--name: wanted a plain folder name"),
         ({"name": ""}, "--name: wanted a plain folder name"),
+        ({"name": "my_training_corpus"}, "--name: wanted one without `train`"),
         ({"n_training_shards": 0}, "--n_training_shards: wanted at least 1, got 0"),
         ({"n_test_shards": -1}, "--n_test_shards: wanted at least 0, got -1"),
         ({"fraction_test_set": 1.0}, "--fraction_test_set: wanted 0 to below 1, got 1.0"),
@@ -48,3 +49,10 @@ def test_rows_that_can_not_be_made(settings: dict[str, Any], message: str) -> No
 def test_shards_that_can_not_be_made(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ShardsConfig(**changes)
+
+
+def test_the_record_is_flat_and_names_each_setting_once() -> None:
+    record = ShardsConfig().as_record()
+    assert record["short_seq_prob"] == 0.1
+    assert record["n_test_shards"] == 256
+    assert not [name for name, value in record.items() if isinstance(value, dict)]

@@ -54,6 +54,20 @@ def write_corpus(folder: Path, num_bytes: int) -> Path:
     return folder
 
 
+STARTED: list["subprocess.Popen[str]"] = []
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left() -> Iterator[None]:
+    """Not even by a test that fails."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
 class Job(NamedTuple):
     """A `shards` command."""
 
@@ -75,7 +89,7 @@ class Job(NamedTuple):
         piece_bytes: int = 100_000,
         preexec_fn: Callable[[], None] | None = None,
     ) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
+        process = subprocess.Popen(
             self.command(*more, piece_bytes=piece_bytes),
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
@@ -84,6 +98,8 @@ class Job(NamedTuple):
             start_new_session=True,
             preexec_fn=preexec_fn,
         )
+        STARTED.append(process)
+        return process
 
     def run(
         self, *more: object, code: int = 0, preexec_fn: Callable[[], None] | None = None
@@ -119,20 +135,15 @@ class Job(NamedTuple):
 
     def done(self) -> dict[str, int]:
         """The shards that a broken-off run has kept, by their inodes."""
-        return {
-            path.name.removeprefix(".").removesuffix(".json"): path.with_name(
-                path.name.removeprefix(".").removesuffix(".json")
-            )
-            .stat()
-            .st_ino
-            for path in self.output.glob("hdf5_*/.incomplete-toy/.toy_*.json")
-        }
+        receipts = self.output.glob("hdf5_*/.incomplete-toy/.toy_*.json")
+        shards = [path.with_name(path.name[1:].removesuffix(".json")) for path in receipts]
+        return {path.name: path.stat().st_ino for path in shards}
 
     def wait_for_shards(self, count: int) -> None:
         deadline = time.monotonic() + 60
-        while len(self.done()) < count and time.monotonic() < deadline:
+        while len(list(self.output.glob("hdf5_*/.incomplete-toy/.toy_*.json"))) < count:
+            assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert len(self.done()) >= count
 
     def check_kept(self) -> dict[str, int]:
         """Nothing under its final name, and some work in the hidden folder."""
