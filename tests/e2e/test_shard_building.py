@@ -461,6 +461,7 @@ def test_a_cluster_gives_the_same_bytes(
     assert job.results() == unbroken
 
 
+@pytest.mark.slow
 def test_where_no_scheduler_is_the_user_is_told_soon(job: Job) -> None:
     pytest.importorskip("distributed")
     started = time.monotonic()
