@@ -8,6 +8,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,30 +26,40 @@ class Cost:
     peak_mb: float  # of the largest of its processes
 
 
+# A process counts the memory of the one that started it as its own: let a small one start it.
+_STARTER = """
+import json, resource, subprocess, sys
+code = subprocess.call(sys.argv[2:])
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+with open(sys.argv[1], "w") as file:
+    json.dump([used.ru_utime + used.ru_stime, used.ru_maxrss], file)
+sys.exit(code)
+"""
+
+
 def run(command: Sequence[str], env: Mapping[str, str] | None = None) -> Cost:
     """Run a command to its end.
 
     Raises:
         RuntimeError: it failed; the message has the end of what it said.
     """
-    started = time.monotonic()
-    with subprocess.Popen(
-        [str(word) for word in command],
-        env={**os.environ, **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        said = process.stdout.read()
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
-        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{said[-2000:]}")
+    with tempfile.TemporaryDirectory() as folder:
+        used = Path(folder, "used.json")
+        started = time.monotonic()
+        process = subprocess.run(
+            [sys.executable, "-S", "-c", _STARTER, str(used), *map(str, command)],
+            env={**os.environ, **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        wall_s = time.monotonic() - started
+        if process.returncode != 0:
+            said = process.stdout[-2000:]
+            raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{said}")
+        cpu_s, peak = json.loads(used.read_text(encoding="utf-8"))
     return Cost(
-        cpu_s=used.ru_utime + used.ru_stime,
-        wall_s=time.monotonic() - started,
-        peak_mb=used.ru_maxrss / (1024 if sys.platform == "linux" else 1 << 20),
+        cpu_s=cpu_s, wall_s=wall_s, peak_mb=peak / (1024 if sys.platform == "linux" else 1 << 20)
     )
 
 

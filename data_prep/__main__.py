@@ -6,7 +6,7 @@ Each command imports what it runs: loading the libraries of all takes longer tha
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -19,8 +19,13 @@ from data_prep.config import DOCUMENT_BREAKS, FORMATS, InstanceConfig, ShardsCon
 from zerobert.errors import EXIT_USER, ArgumentParser, ConfigError, DataError, run_script
 from zerobert.manifest import write_text, writing
 
+if TYPE_CHECKING:
+    from zerobert.tokenizer import WordPieceTokenizer
+
 # Above this the vocabulary probably is of another language or case.
 _HIGH_UNKNOWN_SHARE = 0.01
+# Vocabularies of lower-cased text have none but the special tokens; BERT's cased one has 29 %.
+_HIGH_CASED_SHARE = 0.05
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -279,7 +284,7 @@ def _run_text(arguments: argparse.Namespace) -> int:
 
 
 def _run_vocab(arguments: argparse.Namespace) -> int:
-    from data_prep.corpus import text_files
+    from data_prep.sources import text_files
     from zerobert.tokenizer import train_vocabulary
 
     if arguments.input_dir.resolve() in arguments.output.resolve().parents:
@@ -287,9 +292,10 @@ def _run_vocab(arguments: argparse.Namespace) -> int:
             f"--output {arguments.output} lies inside --input_dir, where later commands would take "
             "it for text; choose a path outside"
         )
+    files = text_files(arguments.input_dir)
     _make_room(arguments.output)
     vocab = train_vocabulary(
-        text_files(arguments.input_dir),
+        files,
         vocab_size=arguments.vocab_size,
         do_lower_case=arguments.do_lower_case,
     )
@@ -306,6 +312,7 @@ def _run_vocab(arguments: argparse.Namespace) -> int:
 def _run_shards(arguments: argparse.Namespace) -> int:
     from data_prep.build import build_shards
 
+    _tokenizer(arguments)
     config = ShardsConfig(
         name=arguments.name,
         n_training_shards=arguments.n_training_shards,
@@ -331,12 +338,9 @@ def _run_shards(arguments: argparse.Namespace) -> int:
 
 def _run_instances(arguments: argparse.Namespace) -> int:
     from data_prep.build import build_instances
-    from zerobert.tokenizer import WordPieceTokenizer
 
     config = _instance_config(arguments)
-    tokenizer = WordPieceTokenizer.from_file(
-        arguments.vocab_file, do_lower_case=arguments.do_lower_case
-    )
+    tokenizer = _tokenizer(arguments)
     input_files = _input_files(arguments.input_file)
     taken = {path.resolve() for path in [*input_files, arguments.vocab_file]}
     if arguments.output_file.resolve() in taken:
@@ -354,6 +358,22 @@ def _run_instances(arguments: argparse.Namespace) -> int:
     _warn_of_unknown(summary)
     print(f"instances: {_one_line(summary)} -> {arguments.output_file}", file=sys.stderr)
     return 0
+
+
+def _tokenizer(arguments: argparse.Namespace) -> "WordPieceTokenizer":
+    """The tokenizer that the flags name; says where vocabulary and lower-casing can't belong."""
+    from zerobert.tokenizer import WordPieceTokenizer
+
+    tokenizer = WordPieceTokenizer.from_file(
+        arguments.vocab_file, do_lower_case=arguments.do_lower_case
+    )
+    if tokenizer.do_lower_case and tokenizer.cased_share > _HIGH_CASED_SHARE:
+        print(
+            f"warning: {tokenizer.cased_share:.0%} of the vocabulary's tokens have capitals, which "
+            "lower-cased text never has; --no_do_lower_case keeps the text's",
+            file=sys.stderr,
+        )
+    return tokenizer
 
 
 def _make_room(file: Path) -> None:
@@ -397,7 +417,7 @@ def _instance_config(arguments: argparse.Namespace) -> InstanceConfig:
 def _input_files(value: str) -> list[Path]:
     """What `--input_file` names: a file, a folder's `.txt` files, or a list with commas."""
     if Path(value).is_dir():
-        from data_prep.corpus import text_files
+        from data_prep.sources import text_files
 
         return text_files(Path(value))
     files = [Path(value)] if Path(value).exists() else [Path(name) for name in value.split(",")]

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 from data_prep import native
 from data_prep.config import InstanceConfig, ShardsConfig
-from data_prep.corpus import text_files
 from data_prep.folders import is_done
 from data_prep.instances import Vocabulary, create_instances, vocabulary_of
 from data_prep.parallel import Pool, pool, progress
+from data_prep.sources import text_files
 from data_prep.tokens import (
     Range,
     TokensConfig,

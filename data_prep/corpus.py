@@ -15,8 +15,8 @@ from data_prep import hub, tables, wiki
 from data_prep.config import Format, TextConfig
 from data_prep.hub import HubDataset
 from data_prep.prose import Document
-from data_prep.sources import Source, find_sources, local_source, opened, walk
-from data_prep.streams import COMPRESSIONS, OnRead
+from data_prep.sources import Source, find_sources, local_source, opened
+from data_prep.streams import COMPRESSIONS, OnRead, decode
 from data_prep.wiki import Counts
 from zerobert.errors import DataError
 
@@ -57,20 +57,6 @@ def find_inputs(inputs: Sequence[str], config: TextConfig) -> list[Source] | lis
         f"no text file in {', '.join(inputs)}; wanted files that end in "
         f"{', '.join(_FORMAT_OF_SUFFIX)} (also {', '.join(COMPRESSIONS)}) or in nothing"
     )
-
-
-def text_files(folder: Path) -> list[Path]:
-    """The `.txt` files of a text folder, searched downwards.
-
-    Raises:
-        DataError: there are none.
-    """
-    files = [path for path in walk(folder, _FORMAT_OF_SUFFIX) if path.suffix == ".txt"]
-    if not files:
-        raise DataError(
-            f"{folder}: no .txt file; `python -m data_prep text --output_dir {folder}` makes them"
-        )
-    return files
 
 
 def detect_format(source: Source, head: bytes) -> Format:
@@ -233,24 +219,3 @@ def _blocks(file: io.BufferedReader, where: str) -> Iterator[str]:
         text = decode(block, where=where, offset=offset)
         yield text if offset else text.removeprefix("\ufeff")
         offset += len(block)
-
-
-def decode(raw: bytes, *, where: Path | str, offset: int) -> str:
-    """Bytes of a text file as text.
-
-    Args:
-        offset: where in the file the bytes stand, for messages.
-
-    Raises:
-        DataError: they are not UTF-8, or hold the NUL that only binary files have.
-    """
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where} is not UTF-8 text: {error.reason} at byte {offset + error.start}; "
-            "convert it with iconv, or leave it out"
-        ) from error
-    if "\0" in text:
-        raise DataError(f"{where} is not text: a NUL at byte {offset + raw.index(0)}; leave it out")
-    return text

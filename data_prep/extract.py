@@ -23,7 +23,7 @@ from data_prep.parts import Piece, Place, Progress, load_progress, write_parts
 from data_prep.prose import Document
 from data_prep.sources import Source, check_unchanged, identify
 from data_prep.wiki import Counts
-from zerobert.errors import DataError
+from zerobert.errors import ConfigError, DataError
 from zerobert.manifest import read_manifest, resumable_folder, write_manifest
 
 KIND = "text"
@@ -56,10 +56,11 @@ def extract_text(
 
     Raises:
         DataError: an input is missing, damaged or not what it should be, or there is no text in it.
-        ConfigError: the output folder holds something else.
+        ConfigError: the output folder holds something else, or lies in an input.
         MissingDependencyError: an input needs a package that is not installed.
     """
     sources = corpus.find_inputs(inputs, config)
+    _refuse_inside(inputs, output_dir)
     hashes = _identify(sources)
     settings = dataclasses.asdict(config)
     if is_done(output_dir, kind=KIND, config=settings, inputs=hashes):
@@ -85,6 +86,18 @@ def extract_text(
             folder, kind=KIND, config=settings, inputs=hashes, known=end.files, summary=summary
         )
     return summary
+
+
+def _refuse_inside(inputs: Sequence[str], output_dir: Path) -> None:
+    """Refuse an output whose text the same command would take for input the next time."""
+    output = output_dir.resolve()
+    for name in inputs:
+        folder = Path(name).resolve()
+        if folder.is_dir() and folder in (output, *output.parents):
+            raise ConfigError(
+                f"--output_dir {output_dir} lies inside --input {name}, where the next run would "
+                "take it for input; choose a folder outside"
+            )
 
 
 def _identify(sources: Sequence[Source | HubDataset]) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """Run tasks on several cores or machines, in order, with little waiting in memory."""
 
-import asyncio
 import collections
 import concurrent.futures
 import contextlib
@@ -85,7 +84,7 @@ def pool(workers: int, dask_scheduler: str | None = None) -> Iterator[Pool]:
         yield Pool(None, 1)
     else:
         with _processes(workers) as executor:
-            yield Pool(executor.submit, workers)
+            yield Pool(functools.partial(_submit, executor), workers)
 
 
 def ordered_map(
@@ -122,9 +121,23 @@ def _processes(workers: int) -> Iterator[concurrent.futures.ProcessPoolExecutor]
         executor.shutdown(cancel_futures=True)
 
 
+def _submit(
+    executor: concurrent.futures.ProcessPoolExecutor, function: Callable[[Task], Result], task: Task
+) -> "concurrent.futures.Future[Result]":
+    """Start a task, and the process for it where there are too few.
+
+    Ctrl-C is for the parent alone: a process that is started while it is blocked never sees it, not
+    even during its imports.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return executor.submit(function, task)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, use one thread, and end when the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Use one thread, and end when the parent is gone."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -138,6 +151,8 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def _dask_pool(address: str) -> Iterator[Pool]:
+    import asyncio  # here: to load it takes longer than many a command
+
     try:
         from distributed import Client, KilledWorker
         from distributed.comm.core import CommClosedError
@@ -146,6 +161,7 @@ def _dask_pool(address: str) -> Iterator[Pool]:
             "--dask_scheduler needs Dask; install it with `pip install distributed`"
         ) from error
     connect: Any = Client
+    cancelled = (concurrent.futures.CancelledError, asyncio.CancelledError)
     try:
         asyncio.run(_knock(address))
         client: Any = connect(address, timeout=_CONNECT_S, set_as_default=False)
@@ -169,7 +185,7 @@ def _dask_pool(address: str) -> Iterator[Pool]:
             # Not by client.get_executor(): where the scheduler goes while a result is fetched, its
             # futures never end.
             yield Pool(functools.partial(client.submit, pure=False), threads)
-        except (KilledWorker, CommClosedError, *_CANCELLED) as error:
+        except (KilledWorker, CommClosedError, *cancelled) as error:
             raise DataError(_CLUSTER_MESSAGE) from error
 
 
@@ -177,6 +193,8 @@ async def _knock(address: str) -> None:
     """Fail where no scheduler answers: a client waits for ever where something else does (the
     scheduler's dashboard, say), and complains at its end.
     """
+    import asyncio
+
     from distributed.comm.core import connect
 
     to_address: Any = connect
@@ -185,7 +203,6 @@ async def _knock(address: str) -> None:
 
 
 _CONNECT_S = 10
-_CANCELLED = (concurrent.futures.CancelledError, asyncio.CancelledError)
 
 
 def progress(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _THIS_MACHINE = ("file", "local")
+_TEXT_SUFFIX = ".txt"  # of the files that the `text` command writes
 _HASH_BLOCK_BYTES = 1 << 20
 # What storages call a hash of a file's contents, surest first, and the time of its last change.
 _CONTENT_KEYS = ("sha256", "blob_id", "md5Hash", "content_md5", "checksum", "ETag", "etag")
@@ -138,6 +139,26 @@ def _ends_right(name: str, suffixes: Container[str]) -> bool:
 
 def _refuse_folder(error: OSError) -> None:
     raise DataError(f"{printable(str(error.filename))} can't be read: {error.strerror}") from error
+
+
+def text_files(folder: Path) -> list[Path]:
+    """The `.txt` files of a text folder, searched downwards.
+
+    Raises:
+        DataError: there are none, or a packed one, which would be passed over.
+    """
+    found = list(walk(folder, (_TEXT_SUFFIX,)))
+    if packed := [path for path in found if compression(path.name) and inner_suffix(path.name)]:
+        raise DataError(
+            f"{packed[0]} is packed, as are {len(packed)} files here in all; unpack them, or let "
+            f"`python -m data_prep text --input {folder}` read them first"
+        )
+    files = [path for path in found if path.suffix.lower() == _TEXT_SUFFIX]
+    if not files:
+        raise DataError(
+            f"{folder}: no .txt file; `python -m data_prep text --output_dir {folder}` makes them"
+        )
+    return files
 
 
 def local_source(path: Path) -> Source:

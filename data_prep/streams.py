@@ -1,6 +1,5 @@
 """Byte streams: measured as they lie on disk, handed on unpacked; failures name the file."""
 
-import asyncio
 import bz2
 import contextlib
 import gzip
@@ -10,6 +9,7 @@ import sys
 import textwrap
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import IO, Any
 
 from zerobert.errors import DataError, MissingDependencyError
@@ -27,6 +27,7 @@ _ZSTD_MAX_WINDOW_BYTES = 1 << 31
 # What the libraries behind URLs raise that is no OSError; those that are loaded are looked at.
 _NETWORK_ERRORS = (
     ("aiohttp", "ClientError"),
+    ("asyncio", "TimeoutError"),  # an OSError from Python 3.11 on
     ("botocore.exceptions", "BotoCoreError"),
     ("botocore.exceptions", "ClientError"),
     ("gcsfs.retry", "HttpError"),
@@ -158,10 +159,31 @@ def _damage() -> tuple[type[Exception], ...]:
 
 def refusals() -> tuple[type[Exception], ...]:
     """What disks and networks raise."""
-    return (OSError, asyncio.TimeoutError, *loaded(*_NETWORK_ERRORS))
+    return (OSError, *loaded(*_NETWORK_ERRORS))
 
 
 def loaded(*names: tuple[str, str]) -> tuple[type[Exception], ...]:
     """Those of the named exceptions whose module was imported: no other can have been raised."""
     found = [getattr(sys.modules.get(module), name, None) for module, name in names]
     return tuple(kind for kind in found if kind is not None)
+
+
+def decode(raw: bytes, *, where: Path | str, offset: int) -> str:
+    """Bytes of a text file as text.
+
+    Args:
+        offset: where in the file the bytes stand, for messages.
+
+    Raises:
+        DataError: they are not UTF-8, or hold the NUL that only binary files have.
+    """
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where} is not UTF-8 text: {error.reason} at byte {offset + error.start}; "
+            "convert it with iconv, or leave it out"
+        ) from error
+    if "\0" in text:
+        raise DataError(f"{where} is not text: a NUL at byte {offset + raw.index(0)}; leave it out")
+    return text

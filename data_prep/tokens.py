@@ -24,9 +24,9 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.corpus import decode
 from data_prep.folders import is_done
 from data_prep.parallel import Pool, progress
+from data_prep.streams import decode
 from data_prep.wordpiece import Documents, encode, joined, reordered
 from zerobert import __version__
 from zerobert.errors import DataError

@@ -91,6 +91,11 @@ class WordPieceTokenizer:
         tokens = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
         return cls(tokens, do_lower_case=do_lower_case, where=str(vocab_file))
 
+    @property
+    def cased_share(self) -> float:
+        """The share of tokens with capitals, which hardly any has where text was lower-cased."""
+        return sum(token != token.lower() for token in self.vocab) / len(self.vocab)
+
     def encode_words(self, texts: Sequence[str]) -> list[list[int]]:
         """WordPiece ids of each text, without special tokens and without truncation."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -233,6 +238,11 @@ def _count_characters(files: Sequence[Path]) -> collections.Counter[str]:
                 while raw := b"".join(file.readlines(_BLOCK_BYTES)):
                     points = np.frombuffer(raw.decode("utf-8").encode("utf-32-le"), np.uint32)
                     counts += np.bincount(points, minlength=len(counts))
+                    if counts[0]:
+                        raise DataError(
+                            f"{path} is not text: a NUL at byte {offset + raw.index(0)}; leave it "
+                            "out"
+                        )
                     offset += len(raw)
         except OSError as error:
             raise DataError(f"{path} can't be read: {error.strerror}") from error

@@ -1,12 +1,10 @@
 """The user's own commands of the data stage, as subprocesses."""
 
 import bz2
-import os
+import gzip
 import resource
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,6 +134,11 @@ def test_one_file_with_the_references_flags(text: Path, vocab: Path, tmp_path: P
     assert f"cannot write {part / 'x'}: " in blocked
     missing = refused("instances", *flags, "--input_file", "a,b", "--output_file", tmp_path / "x")
     assert missing == "error: a: no such file"
+    cased = tmp_path / "cased.txt"
+    cased.write_text(vocab.read_text() + "".join(f"{word.title()}\n" for word in WORDS))
+    flags[1] = cased
+    said = run("instances", *flags, "--input_file", part, "--output_file", tmp_path / "x").stderr
+    assert "of the vocabulary's tokens have capitals" in said
 
 
 @pytest.mark.parametrize("name", ["text", "vocab", "shards", "instances", "inspect", "verify"])
@@ -171,7 +174,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(text: Path, vocab: Path, tmp_p
     words.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n")
     assert "lack [MASK]" in refused("shards", *flags, "--vocab_file", words)
     assert "unrecognized arguments: --worker 2" in refused("shards", *flags, "--worker", 2)
-    assert not out.exists()
+    vocab_flags = ["vocab", "--output", out / "vocab.txt", "--input_dir"]
+    (bad / "latin1.txt").unlink()
+    assert "binary.txt is not" in refused(*vocab_flags, bad)
+    (bad / "binary.txt").write_text("One\0two.\n")
+    assert "binary.txt is not text: a NUL at byte 3" in refused(*vocab_flags, bad)
+    (bad / "a.TXT.gz").write_bytes(gzip.compress(b"Text.\n"))
+    assert "a.TXT.gz is packed" in refused(*vocab_flags, bad)
+    assert "a.TXT.gz is packed" in refused("shards", *flags, "--input_dir", bad)
+    assert not [path for path in out.rglob("*") if path.is_file()]
     assert "pass at most --n_training_shards 27" in refused(
         "shards", *flags, "--n_training_shards", 100
     )
@@ -214,83 +225,3 @@ def visible_files(folder: Path) -> list[Path]:
         if path.is_file()
         and not any(part.startswith(".incomplete-") for part in path.relative_to(folder).parts)
     ]
-
-
-def default_signals() -> None:
-    """A background job of a shell ignores Ctrl-C; the user's terminal does not."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("whole_group", [True, False], ids=["terminal", "process"])
-def test_ctrl_c_ends_every_process_and_the_command_goes_on(
-    text: Path, vocab: Path, tmp_path: Path, workers: int, whole_group: bool
-) -> None:
-    flags = [*shard_flags(text, vocab, tmp_path), "--dupe_factor", 1000, "--workers", workers]
-    process = subprocess.Popen(
-        command("shards", *flags),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=default_signals,
-    )
-    wait_for_shards(process, tmp_path)
-    if whole_group:
-        os.killpg(process.pid, signal.SIGINT)
-    else:
-        process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130, errors
-    assert errors.splitlines()[-1] == "interrupted"
-    assert "Traceback" not in errors
-    assert not list(tmp_path.glob("hdf5*/toy"))
-    # Python's resource tracker, and a worker in the middle of starting, see a moment later that the
-    # parent is gone.
-    deadline = time.monotonic() + 10
-    while group_members(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not group_members(process.pid)
-    run("shards", *flags)
-    assert "0 broken" in run("verify", tmp_path).stderr
-
-
-def wait_for_shards(process: "subprocess.Popen[str]", output: Path) -> None:
-    """Return when a command has begun to build shards."""
-    deadline = time.monotonic() + 60
-    while not list(output.glob("hdf5*/.incomplete-toy/vocab.txt")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def group_members(group: int) -> list[str]:
-    """The living processes of a group, as /proc describes them."""
-    members = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            name, _, rest = path.read_text().rpartition(")")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        state, _, its_group = rest.split()[:3]
-        if int(its_group) == group and state not in "ZX":
-            members.append(name)
-    return members
-
-
-def test_a_killed_parent_takes_its_workers_along(text: Path, vocab: Path, tmp_path: Path) -> None:
-    flags = [*shard_flags(text, vocab, tmp_path), "--dupe_factor", 1000, "--workers", 2]
-    process = subprocess.Popen(
-        command("shards", *flags), cwd=ROOT, start_new_session=True, text=True
-    )
-    wait_for_shards(process, tmp_path)
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 20
-    while group_members(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not group_members(process.pid)
-    # What the killed run left is not taken for whole, and does not stand in the way of another.
-    assert "never completed; run its command again" in run("verify", tmp_path, code=2).stderr
-    run("shards", *shard_flags(text, vocab, tmp_path))

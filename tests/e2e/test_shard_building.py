@@ -248,6 +248,17 @@ def test_ctrl_c_ends_every_process_and_keeps_what_is_done(
     job.check_goes_on(job.check_kept(), unbroken)
 
 
+def test_ctrl_c_while_workers_start_is_one_line(job: Job) -> None:
+    process = job.start("--workers", 2, preexec_fn=default_signals)
+    deadline = time.monotonic() + 60
+    while not any("spawn_main" in line for line in processes(process.pid).values()):
+        assert time.monotonic() < deadline
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output, errors) == (130, "", "interrupted\n")
+    assert not group_members(process.pid)
+
+
 def test_a_killed_worker_is_one_line_and_others_are_kept_out_meanwhile(
     job: Job, unbroken: dict[str, str]
 ) -> None:
@@ -336,7 +347,6 @@ def test_kills_at_any_moment_change_nothing(
     assert most_kills >= 2
 
 
-@pytest.mark.slow
 def test_a_killed_parent_takes_its_workers_along(job: Job, unbroken: dict[str, str]) -> None:
     process = job.start("--workers", 2)
     job.wait_for_shards(1)

@@ -163,14 +163,6 @@ def test_damaged_wikiextractor_output(tmp_path: Path) -> None:
         read(path, "wikiextractor")
 
 
-def test_text_files_of_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no \.txt file; `python -m data_prep text"):
-        corpus.text_files(tmp_path)
-    for name in ("b.txt", "a.txt", "c.md"):
-        (tmp_path / name).write_text("x")
-    assert [path.name for path in corpus.text_files(tmp_path)] == ["a.txt", "b.txt"]
-
-
 def test_what_ends_a_document_of_plain_text(tmp_path: Path) -> None:
     path = tmp_path / "many.txt"
     path.write_text("\n \nOne.\nIts end.\n\n\t\n\nTwo.\n \r\nThree.")

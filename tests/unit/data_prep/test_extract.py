@@ -107,6 +107,14 @@ def test_a_done_folder_is_left_alone_and_another_one_is_not_replaced(tmp_path: P
         run(source, out)
 
 
+@pytest.mark.parametrize("output", [".", "text/out"])
+def test_an_output_inside_the_input_is_refused(tmp_path: Path, output: str) -> None:
+    write_records(tmp_path / "a.jsonl", ["One. Two!"])
+    with pytest.raises(ConfigError, match="lies inside --input"):
+        run(tmp_path, tmp_path / output)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
 def test_a_users_folder_is_never_replaced(tmp_path: Path) -> None:
     source = write_records(tmp_path / "a.jsonl", ["One. Two!"])
     with pytest.raises(ConfigError, match="holds files that this command did not write"):
@@ -118,7 +126,12 @@ def test_nothing_is_left_behind_by_a_failure_before_the_first_part(tmp_path: Pat
     write_records(tmp_path / "a.jsonl", ["One. Two!"])
     (tmp_path / "b.jsonl").write_text("{oops\n")
     with pytest.raises(DataError, match=r"b\.jsonl, line 1: not JSON"):
-        run(tmp_path, tmp_path / "out")
+        extract_text(
+            [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")],
+            tmp_path / "out",
+            TextConfig(),
+            workers=1,
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
 
 
@@ -177,25 +190,29 @@ def test_a_bar_shows_the_bytes_read_where_somebody_looks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = "A line of text.\n" * 5000
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
-    pq.write_table(pa.table({"text": [text], "id": [1]}), tmp_path / "b.parquet")
-    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    sources = tmp_path / "in"
+    sources.mkdir()
+    (sources / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
+    pq.write_table(pa.table({"text": [text], "id": [1]}), sources / "b.parquet")
+    size = sum(path.stat().st_size for path in sources.iterdir())
     terminal, pipe = _Terminal(), io.StringIO()
     monkeypatch.setattr(sys, "stderr", terminal)
-    run(tmp_path, tmp_path / "out")
+    run(sources, tmp_path / "out")
     last = terminal.getvalue().rstrip().rpartition("\r")[2]
     assert re.match(rf"text: 100%.* {size / 1000:.2f}k/{size / 1000:.2f}k \[", last)
     monkeypatch.setattr(sys, "stderr", pipe)
-    run(tmp_path, tmp_path / "again")
+    run(sources, tmp_path / "again")
     assert pipe.getvalue() == ""
 
 
 def test_equal_inputs_are_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = tmp_path / "in"
+    sources.mkdir()
     for name in ("a.txt", "b.txt"):
-        (tmp_path / name).write_text("The same.")
-    run(tmp_path, tmp_path / "out")
+        (sources / name).write_text("The same.")
+    run(sources, tmp_path / "out")
     assert capsys.readouterr().err == (
-        f"warning: {tmp_path}/b.txt holds the same as {tmp_path}/a.txt\n"
+        f"warning: {sources}/b.txt holds the same as {sources}/a.txt\n"
     )
     assert counts(tmp_path / "out")["documents"] == 2
 
@@ -203,27 +220,29 @@ def test_equal_inputs_are_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_an_input_that_goes_or_changes_on_the_way_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    sources = tmp_path / "in"
+    sources.mkdir()
     for name in ("a.txt", "b.txt"):
-        (tmp_path / name).write_text(f"{name} is here.")
+        (sources / name).write_text(f"{name} is here.")
     identify = extract._identify
 
-    def lose(sources: Any) -> dict[str, str]:
-        found = identify(sources)
-        (tmp_path / "b.txt").unlink()
+    def lose(found_sources: Any) -> dict[str, str]:
+        found = identify(found_sources)
+        (sources / "b.txt").unlink()
         return found
 
     monkeypatch.setattr(extract, "_identify", lose)
     with pytest.raises(DataError, match=r"b\.txt: no such file"):
-        run(tmp_path, tmp_path / "out")
+        run(sources, tmp_path / "out")
 
-    def grow(sources: Any) -> dict[str, str]:
-        found = identify(sources)
-        (tmp_path / "a.txt").write_text("a.txt is still being written.")
+    def grow(found_sources: Any) -> dict[str, str]:
+        found = identify(found_sources)
+        (sources / "a.txt").write_text("a.txt is still being written.")
         return found
 
     monkeypatch.setattr(extract, "_identify", grow)
     with pytest.raises(DataError, match=r"a\.txt was changed while it was read"):
-        run(tmp_path, tmp_path / "out")
+        run(sources, tmp_path / "out")
 
 
 def write_wiki(folder: Path) -> Path:

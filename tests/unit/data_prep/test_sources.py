@@ -19,6 +19,7 @@ from data_prep.sources import (
     identify,
     local_source,
     opened,
+    text_files,
 )
 from data_prep.streams import reading
 from zerobert.errors import ConfigError, DataError, MissingDependencyError
@@ -258,3 +259,14 @@ def test_a_server_that_is_not_there_is_one_line() -> None:
 def test_what_networks_raise_is_ours(error: Exception) -> None:
     with pytest.raises(DataError, match=r"^x can't be read: "), reading("x"):
         raise error
+
+
+def test_text_files_of_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no \.txt file; `python -m data_prep text"):
+        text_files(tmp_path)
+    for name in ("b.TXT", "a.txt", "c.md"):
+        (tmp_path / name).write_text("x")
+    assert [path.name for path in text_files(tmp_path)] == ["a.txt", "b.TXT"]
+    (tmp_path / "d.txt.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"d\.txt\.gz is packed"):
+        text_files(tmp_path)
