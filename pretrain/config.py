@@ -27,6 +27,7 @@ _WEIGHT_SHAPES = (
     "intermediate_size",
     "max_position_embeddings",
     "type_vocab_size",
+    "layer_norm_position",
 )
 # Names that stand for an architecture with random weights, as they do for PaddleNLP's users.
 KNOWN_NAMES: dict[str, dict[str, Any]] = {
@@ -45,11 +46,13 @@ class DataConfig:
         input_dir: folders that are searched downwards for training shards.
         eval_dir: folder with held-out shards; by default those beside the training shards.
         vocab_file: needed only for shards that have no `vocab.txt` beside them.
+        nsp: train on next-sentence labels too; by default where the shards have them.
     """
 
     input_dir: tuple[str, ...] = ("data/shards",)
     eval_dir: str | None = None
     vocab_file: str | None = None
+    nsp: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

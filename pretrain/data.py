@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from zerobert.errors import ConfigError
+from zerobert.packing import pack
 from zerobert.shards import ShardInfo, check_values, read_shard
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -144,7 +145,8 @@ class StepBatch:
     """One rank's share of a global batch.
 
     Attributes:
-        micro_batches: one dict of tensors for each micro-step.
+        micro_batches: one dict of tensors for each micro-step, with the places of its tokens where
+            padding is to be left out.
         first_samples: the number of the first sample of each, which seeds its dropout.
         num_masked: masked positions in this share.
         num_tokens: its tokens, padding not counted.
@@ -173,6 +175,7 @@ class StepLoader:
         micro_samples: int,
         rank: int,
         world_size: int,
+        packing: bool = False,
     ) -> None:
         self.order = SampleOrder(
             rows_of_shards=tuple(shard.num_rows for shard in shards), seed=seed
@@ -182,6 +185,7 @@ class StepLoader:
         self._micro_samples = micro_samples
         self._rank_samples = global_samples // world_size
         self._rank = rank
+        self._packing = packing
 
     def steps(self, first_sample: int) -> Iterator[StepBatch]:
         """The batches from a position on, without end.
@@ -204,14 +208,19 @@ class StepLoader:
         tensors = to_tensors(rows)
         offsets = range(0, self._rank_samples, self._micro_samples)
         return StepBatch(
-            micro_batches=tuple(
-                {name: tensor[i : i + self._micro_samples] for name, tensor in tensors.items()}
-                for i in offsets
-            ),
+            micro_batches=tuple(self._micro_batch(tensors, i) for i in offsets),
             first_samples=tuple(start + i for i in offsets),
             num_masked=int(np.count_nonzero(rows["masked_lm_positions"])),
             num_tokens=int(np.count_nonzero(rows["input_mask"])),
         )
+
+    def _micro_batch(self, tensors: Mapping[str, Tensor], start: int) -> dict[str, Tensor]:
+        stop = start + self._micro_samples
+        batch = {name: tensor[start:stop] for name, tensor in tensors.items()}
+        if self._packing:
+            packing = pack(batch["input_mask"])
+            batch.update(places=packing.places_T, cu_seqlens=packing.cu_seqlens)
+        return batch
 
 
 def dropout_seed(seed: int, first_sample: int) -> int:

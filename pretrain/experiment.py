@@ -42,6 +42,7 @@ class Experiment:
     steps: int
     training: tuple[ShardInfo, ...]
     held_out: tuple[ShardInfo, ...]
+    nsp: bool
 
     @property
     def flops_per_sequence(self) -> float:
@@ -54,7 +55,7 @@ class Experiment:
     def facts(self) -> dict[str, str]:
         """The size of the undertaking, for `--dry_run` and the first lines of a run."""
         with torch.device("meta"):
-            parameters = num_parameters(BertForPreTraining(self.folder.model))
+            parameters = num_parameters(BertForPreTraining(self.folder.model, nsp=self.nsp))
         stage = self.config.deepspeed.get("zero_optimization", {}).get("stage", 0)
         low = engine.precision(self.config.deepspeed)
         # Weights and gradients in the precision of the forward pass, fp32 masters beside 16 bits,
@@ -136,6 +137,7 @@ def prepare(args: argparse.Namespace) -> Experiment:
         steps=steps,
         training=tuple(training),
         held_out=tuple(held_out),
+        nsp=_has_nsp(config, training),
     )
 
 
@@ -155,6 +157,26 @@ def _training_shards(folders: list[Path], args: argparse.Namespace) -> list[Shar
             f"{shards[0].max_predictions}; leave the flag out or make other shards"
         )
     return shards
+
+
+def _has_nsp(config: PretrainConfig, training: list[ShardInfo]) -> bool:
+    """Whether next-sentence labels are trained on: as asked, or as the shards were made.
+
+    Raises:
+        ConfigError: labels are asked for that the shards do not have.
+    """
+    lacking = sorted(
+        folder
+        for folder in {shard.path.parent for shard in training}
+        if manifest.is_complete(folder) and manifest.read_manifest(folder).config.get("no_nsp")
+    )
+    asked = config.bert.data.nsp
+    if asked and lacking:
+        raise ConfigError(
+            f"bert.data.nsp: the shards in {lacking[0]} were made with --no_nsp; make others, or "
+            "remove the key"
+        )
+    return not lacking if asked is None else asked
 
 
 def _check_same_shape(training: list[ShardInfo], held_out: list[ShardInfo]) -> None:
@@ -224,7 +246,7 @@ def _train(
     run: Experiment, args: argparse.Namespace, stop: StopRequest, resume_from: Path | None
 ) -> int:
     torch.manual_seed(run.config.bert.run.seed)
-    model = BertForPreTraining(run.folder.model, run.config.bert.kernels)
+    model = BertForPreTraining(run.folder.model, run.config.bert.kernels, nsp=run.nsp)
     with distributed.one_voice():
         if run.config.init_from is not None and resume_from is None:
             new = checkpoint.load_weights(model, run.config.init_from)
@@ -312,6 +334,7 @@ def _loop(
         micro_samples=run.sizes.micro_samples,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
+        packing=run.config.bert.kernels.packing,
     )
     _print_header(run, training)
     profiling = loop.profile(run.folder.path) if args.profile and distributed.is_main() else None
@@ -331,6 +354,7 @@ def _loop(
                 schedule=run.config.bert.schedule,
                 rows_of_epoch=loader.order.num_rows,
                 flops_per_sequence=run.flops_per_sequence,
+                nsp=run.nsp,
                 peak_flops=peak_flops(training.device),
             ),
             run.folder,
@@ -369,8 +393,13 @@ def _print_header(run: Experiment, training: Engine) -> None:
     for name, value in run.facts().items():
         _say(f"{name}: {value}")
     dtype = next(training.module.parameters()).dtype
-    for choice in kernels.describe(run.config.bert.kernels, training.device, dtype):
-        _say(f"kernel {choice.op}: {choice.chosen} ({choice.reason})")
+    choices = kernels.choose(
+        run.config.bert.kernels,
+        training.device,
+        dtype,
+        dropout_p=run.folder.model.attention_probs_dropout_prob,
+    )
+    _say(kernels.format_choices(choices.values()))
     if not run.held_out:
         _say("no held-out shards: training goes on without evaluation")
 

@@ -37,6 +37,7 @@ class LoopConfig:
     schedule: ScheduleConfig
     rows_of_epoch: int
     flops_per_sequence: float
+    nsp: bool = True
     peak_flops: float | None
 
 
@@ -186,7 +187,7 @@ def log(
         "elapsed_s": state.elapsed_s,
         "train/loss": mlm_loss + nsp_loss,
         "train/mlm_loss": mlm_loss,
-        "train/nsp_loss": nsp_loss,
+        "train/nsp_loss": nsp_loss if cfg.nsp else None,
         "train/lr": lr,
         "train/grad_norm": engine.grad_norm,
         "train/loss_scale": engine.loss_scale,
@@ -256,7 +257,7 @@ def evaluate(
         0, or the exit code of a signal; nothing is logged of an evaluation that it cut short.
     """
     engine.train(False)
-    sums = torch.zeros(6, dtype=torch.float64)
+    sums = torch.zeros(7, dtype=torch.float64)
     bar = tqdm(
         batches,
         desc="evaluate",
@@ -274,28 +275,28 @@ def evaluate(
             masked,
             losses.nsp_loss_sum,
             losses.nsp_correct,
+            losses.nsp_rows,
             torch.tensor(len(batch["input_ids"])),
         ]
         sums += torch.stack([part.detach().cpu().double() for part in parts])
     engine.train()
     exit_code = agreed_exit_code(stop)
-    mlm_loss, mlm_correct, num_masked, nsp_loss, nsp_correct, rows = distributed.all_reduce_sum(
-        sums.tolist()
-    )
+    *mlm, nsp_loss, nsp_correct, nsp_rows, rows = distributed.all_reduce_sum(sums.tolist())
+    mlm_loss, mlm_correct, num_masked = mlm
     if exit_code or tracker is None:
         return exit_code
     metrics = {
         "eval/mlm_loss": mlm_loss / max(num_masked, 1),
         "eval/mlm_accuracy": mlm_correct / max(num_masked, 1),
-        "eval/nsp_loss": nsp_loss / max(rows, 1),
-        "eval/nsp_accuracy": nsp_correct / max(rows, 1),
+        "eval/nsp_loss": nsp_loss / nsp_rows if nsp_rows else None,
+        "eval/nsp_accuracy": nsp_correct / nsp_rows if nsp_rows else None,
         "eval/rows": int(rows),
     }
     tracker.log(step, metrics)
+    nsp = f"nsp_accuracy: {nsp_correct / nsp_rows:f}, " if nsp_rows else ""
     print(
         f"eval step: {step}, mlm_loss: {metrics['eval/mlm_loss']:f}, "
-        f"mlm_accuracy: {metrics['eval/mlm_accuracy']:f}, "
-        f"nsp_accuracy: {metrics['eval/nsp_accuracy']:f}, rows: {metrics['eval/rows']:.0f}",
+        f"mlm_accuracy: {metrics['eval/mlm_accuracy']:f}, {nsp}rows: {rows:.0f}",
         flush=True,
     )
     return 0

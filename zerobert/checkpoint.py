@@ -30,6 +30,8 @@ _ARCHITECTURE = {
     "is_decoder": False,
     "add_cross_attention": False,
 }
+# Hugging Face has no such BERT, and would compute something else with the weights of one.
+_PRE_NORM_TYPE = "zerobert-pre-layer-norm"
 _BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")
 
 
@@ -57,7 +59,7 @@ def open_model(name_or_path: str) -> ModelFolder:
     if manifest.is_complete(path):
         manifest.verify_folder(path)
     raw = _read_json(path / "config.json")
-    if raw.get("model_type", "bert") != "bert":
+    if raw.get("model_type", "bert") not in ("bert", _PRE_NORM_TYPE):
         raise CheckpointError(
             f"{path}/config.json: wanted model_type 'bert', got {raw['model_type']!r}; "
             "choose a BERT model"
@@ -242,12 +244,14 @@ def write_model_files(
     """
     is_classifier = bool(labels) or is_regression
     raw = {
-        "architectures": [
-            "BertForSequenceClassification" if is_classifier else "BertForPreTraining"
-        ],
+        "architectures": [_architecture(state, is_classifier=is_classifier)],
         "model_type": "bert",
         **dataclasses.asdict(config),
     }
+    if config.layer_norm_position == "post":
+        del raw["layer_norm_position"]  # all of Hugging Face's BERTs are
+    else:
+        raw["model_type"] = _PRE_NORM_TYPE
     if is_classifier:
         names = list(labels) or ["LABEL_0"]
         raw["id2label"] = {str(i): label for i, label in enumerate(names)}
@@ -267,6 +271,14 @@ def write_model_files(
         shutil.copymode(folder / "vocab.txt", folder / WEIGHTS_NAME)
     manifest.write_json(folder / "config.json", raw)
     manifest.write_text(folder / "README.md", card)
+
+
+def _architecture(state: Mapping[str, Tensor], *, is_classifier: bool) -> str:
+    """Hugging Face's class for the weights."""
+    if is_classifier:
+        return "BertForSequenceClassification"
+    has_nsp = any(name.startswith("cls.seq_relationship.") for name in state)
+    return "BertForPreTraining" if has_nsp else "BertForMaskedLM"
 
 
 def model_card(*, title: str, facts: Mapping[str, object]) -> str:

@@ -139,7 +139,12 @@ SIZES: dict[str, dict[str, int]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BertConfig:
-    """The architecture, under the names of Hugging Face's `BertConfig`; the defaults are base's."""
+    """The architecture, under the names of Hugging Face's `BertConfig`; the defaults are base's.
+
+    Attributes:
+        layer_norm_position: `pre` normalises at the start of each half of a layer, not at its end:
+            deeper models train without long warm-up, but it is no BERT of Hugging Face's any more.
+    """
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -155,6 +160,7 @@ class BertConfig:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
+    layer_norm_position: Literal["post", "pre"] = "post"
 
     def __post_init__(self) -> None:
         for name in (

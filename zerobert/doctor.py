@@ -16,9 +16,9 @@ if not __package__:
 
 import torch
 
+from zerobert.config import BertConfig
 from zerobert.errors import run_script
-from zerobert.kernels import Kernels, describe
-from zerobert.page import Table, format_table
+from zerobert.kernels import Kernels, choose, format_choices
 
 _PACKAGES = ("torch", "deepspeed", "numpy", "h5py", "tokenizers", "safetensors", "wandb")
 # What is not required, what it is for, and the command that installs it.
@@ -87,13 +87,12 @@ def _memory() -> str:
 def main() -> int:
     """Print all of it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    choices = describe(
-        Kernels(), device, torch.bfloat16 if device.type == "cuda" else torch.float32
-    )
-    kernels = [(choice.op, choice.chosen, choice.reason) for choice in choices]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dropout_p = BertConfig().attention_probs_dropout_prob
+    choices = choose(Kernels(), device, dtype, dropout_p=dropout_p)
     print("\n".join(f"{name:<15} {value}" for name, value in machine()))
     print()
-    print(format_table(Table(title="Kernels", header=("op", "used", "why"), rows=kernels)))
+    print(format_choices(choices.values()))
     print()
     print("\n".join(advice()) or "Nothing is missing.")
     return 0

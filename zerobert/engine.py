@@ -329,7 +329,9 @@ class Engine:
         sharded = self._engine.zero_optimization_stage() > 0
         for name, value in self.module.state_dict().items():
             master = safe_get_full_fp32_param(masters[name]) if sharded else None
-            state[name] = (value if master is None else master).detach().float().cpu()
+            # What the state dict leaves out at the end of a tensor is padding.
+            whole = value if master is None else master[: len(value)]
+            state[name] = whole.detach().float().cpu()
         return state
 
     def save(self, folder: Path, client_state: Mapping[str, Any]) -> None:

@@ -3,137 +3,254 @@
 Parameters carry Hugging Face's names, so a state dict needs no translation, with one difference:
 the decoder that is tied to the word embeddings is not a parameter of its own here.
 
-Shapes: B batch, S sequence, H hidden, N heads, D head width, I intermediate, P predictions,
-V vocabulary, C classes. Source of the architecture: Devlin et al. 2018 (arXiv:1810.04805).
+Tokens come in rows of B x S, or packed, T of them, without the padding between rows: all but the
+embeddings, attention and what picks tokens out works on any leading axes.
+
+Shapes: B batch, S sequence, T packed tokens, X either B x S or T, H hidden, N heads, D head width,
+I intermediate, P predictions, R masked positions, V vocabulary, C classes. Source of the
+architecture: Devlin et al. 2018 (arXiv:1810.04805).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from zerobert import kernels as choices
 from zerobert.config import BertConfig
-from zerobert.kernels import Kernels, attention
+from zerobert.kernels import Kernels, Ops, dropout
+from zerobert.kernels.attention import Layout, Packing
+from zerobert.kernels.cross_entropy import IGNORED_LABEL
+from zerobert.packing import pack
 
-IGNORED_LABEL = -1
+# Matrix products are at full speed where every side is a multiple of this.
+_VOCAB_MULTIPLE = 8
 
 
 class Embeddings(nn.Module):
-    """Word + position + segment embeddings, normalised."""
+    """Word + position + segment embeddings, normalised.
+
+    The word embeddings have rows of zeros after the last word, which nothing reads and no gradient
+    reaches; state dicts are without them.
+    """
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         hidden = config.hidden_size
-        self.word_embeddings = nn.Embedding(
-            config.vocab_size, hidden, padding_idx=config.pad_token_id
-        )
+        self.vocab_size = config.vocab_size
+        num_rows = -(-config.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+        self.word_embeddings = nn.Embedding(num_rows, hidden, padding_idx=config.pad_token_id)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, hidden)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, hidden)
         self.LayerNorm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout_p = config.hidden_dropout_prob
+        self.register_state_dict_post_hook(_without_padding)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_with_padding)  # type: ignore[no-untyped-call]
 
-    def forward(self, input_ids_BS: Tensor, segment_ids_BS: Tensor) -> Tensor:
-        positions_SH = self.position_embeddings.weight[: input_ids_BS.shape[1]]
-        x_BSH = self.word_embeddings(input_ids_BS) + self.token_type_embeddings(segment_ids_BS)
-        out_BSH: Tensor = self.dropout(self.LayerNorm(x_BSH + positions_SH))
-        return out_BSH
+    def forward(
+        self, input_ids_BS: Tensor, segment_ids_BS: Tensor, packing: Packing | None, ops: Ops
+    ) -> Tensor:
+        """The tokens' vectors, XH."""
+        if packing is None:
+            ids_X, segments_X = input_ids_BS, segment_ids_BS
+            positions_XH = self.position_embeddings.weight[: ids_X.shape[1]]
+        else:
+            ids_X = input_ids_BS.flatten()[packing.places_T]
+            segments_X = segment_ids_BS.flatten()[packing.places_T]
+            positions_XH = self.position_embeddings(packing.places_T % input_ids_BS.shape[1])
+        x_XH = self.word_embeddings(ids_X) + self.token_type_embeddings(segments_X) + positions_XH
+        return _drop(self, ops.normalize(x_XH, self.LayerNorm))
+
+
+def _without_padding(module: Any, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    name = f"{prefix}word_embeddings.weight"
+    state[name] = state[name][: module.vocab_size]
+
+
+def _with_padding(module: Any, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    name = f"{prefix}word_embeddings.weight"
+    if name in state and len(state[name]) == module.vocab_size:
+        missing = len(module.word_embeddings.weight) - module.vocab_size
+        state[name] = F.pad(state[name], (0, 0, 0, missing))
+
+
+def _drop(module: Any, x: Tensor) -> Tensor:
+    """Drop out with the module's probability, in training only."""
+    return dropout.drop(x, module.dropout_p) if module.training else x
 
 
 class SelfAttention(nn.Module):
     """Multi-head attention up to the mixed values, before the output projection."""
 
-    def __init__(self, config: BertConfig, kernels: Kernels) -> None:
+    def __init__(self, config: BertConfig) -> None:
         super().__init__()
         hidden = config.hidden_size
         self.num_heads = config.num_attention_heads
         self.dropout_p = config.attention_probs_dropout_prob
-        self.kernel = kernels.attention
         self.query = nn.Linear(hidden, hidden)
         self.key = nn.Linear(hidden, hidden)
         self.value = nn.Linear(hidden, hidden)
 
-    def forward(self, x_BSH: Tensor, keep_B11S: Tensor) -> Tensor:
-        q_BNSD, k_BNSD, v_BNSD = (
-            project(x_BSH).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for project in (self.query, self.key, self.value)
-        )
-        name, _ = attention.choose(self.kernel, x_BSH.device, q_BNSD.dtype)
-        attend = attention.IMPLEMENTATIONS[name]
+    def forward(self, x_XH: Tensor, layout: Layout, ops: Ops) -> Tensor:
         dropout_p = self.dropout_p if self.training else 0.0
-        return attend(q_BNSD, k_BNSD, v_BNSD, keep_B11S, dropout_p).transpose(1, 2).flatten(2)
+        q_XND, k_XND, v_XND = self._projected(x_XH)
+        return ops.attend(q_XND, k_XND, v_XND, layout, dropout_p).flatten(-2)
+
+    def _projected(self, x_XH: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, each XND."""
+        parts = (self.query, self.key, self.value)
+        heads = (*x_XH.shape[:-1], self.num_heads, -1)
+        if x_XH.device.type == "cpu":  # where one product for all three is the slower one
+            return tuple(part(x_XH).view(heads) for part in parts)
+        # The parameters stay apart: so they are in checkpoints, and so trust ratios are theirs.
+        weight_3HxH = torch.cat([part.weight for part in parts])
+        bias_3H = torch.cat([part.bias for part in parts])
+        qkv_X3H = F.linear(x_XH, weight_3HxH, bias_3H)
+        return tuple(part_XH.view(heads) for part_XH in qkv_X3H.chunk(3, dim=-1))
 
 
 class Residual(nn.Module):
-    """Project, drop out, add to the residual, normalise: the end of both halves of a layer."""
+    """The end of both halves of a layer: project, drop out, add to the residual.
+
+    The norm comes after the addition (post-LN, as in the paper), or at the beginning of the half
+    (pre-LN), where the layer asks for it.
+    """
 
     def __init__(self, config: BertConfig, width: int) -> None:
         super().__init__()
         self.dense = nn.Linear(width, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout_p = config.hidden_dropout_prob
 
-    def forward(self, x: Tensor, residual_BSH: Tensor) -> Tensor:
-        out_BSH: Tensor = self.LayerNorm(residual_BSH + self.dropout(self.dense(x)))
-        return out_BSH
+    def forward(self, x: Tensor, residual_XH: Tensor) -> Tensor:
+        return residual_XH + _drop(self, self.dense(x))
 
 
 class Layer(nn.Module):
-    """One post-LN encoder layer."""
+    """One encoder layer: attention, then a feed-forward network of one wide layer."""
 
-    def __init__(self, config: BertConfig, kernels: Kernels) -> None:
+    def __init__(self, config: BertConfig) -> None:
         super().__init__()
+        self.is_pre_norm = config.layer_norm_position == "pre"
         # The nesting is Hugging Face's: `attention.self.query`, `attention.output.dense`, ...
         self.attention = nn.ModuleDict(
-            {
-                "self": SelfAttention(config, kernels),
-                "output": Residual(config, config.hidden_size),
-            }
+            {"self": SelfAttention(config), "output": Residual(config, config.hidden_size)}
         )
         self.intermediate = nn.ModuleDict(
             {"dense": nn.Linear(config.hidden_size, config.intermediate_size)}
         )
         self.output = Residual(config, config.intermediate_size)
 
-    def forward(self, x_BSH: Tensor, keep_B11S: Tensor) -> Tensor:
-        mixed_BSH = self.attention["self"](x_BSH, keep_B11S)
-        x_BSH = self.attention["output"](mixed_BSH, x_BSH)
-        wide_BSI = F.gelu(self.intermediate["dense"](x_BSH))
-        out_BSH: Tensor = self.output(wide_BSI, x_BSH)
-        return out_BSH
+    def forward(self, x_XH: Tensor, layout: Layout, ops: Ops) -> Tensor:
+        mix, narrow = cast(Residual, self.attention["output"]), self.output
+        before, after = (
+            (ops.normalize, _as_it_is) if self.is_pre_norm else (_as_it_is, ops.normalize)
+        )
+        mixed_XH = self.attention["self"](before(x_XH, mix.LayerNorm), layout, ops)
+        x_XH = after(mix(mixed_XH, x_XH), mix.LayerNorm)
+        wide_XI = F.gelu(self.intermediate["dense"](before(x_XH, narrow.LayerNorm)))
+        return after(narrow(wide_XI, x_XH), narrow.LayerNorm)
+
+
+def _as_it_is(x_XH: Tensor, _: nn.LayerNorm) -> Tensor:
+    return x_XH
 
 
 class Encoder(nn.Module):
-    """All layers, one after another."""
+    """All layers, one after another; with pre-LN a last norm."""
 
     def __init__(self, config: BertConfig, kernels: Kernels) -> None:
         super().__init__()
-        layers = [Layer(config, kernels) for _ in range(config.num_hidden_layers)]
-        self.layer = nn.ModuleList(layers)
+        self.layer = nn.ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])
+        self.is_checkpointed = kernels.activation_checkpointing
+        if config.layer_norm_position == "pre":
+            self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if kernels.compile:
+            for layer in self.layer:
+                layer.compile(dynamic=False, fullgraph=True)
 
-    def forward(self, x_BSH: Tensor, keep_B11S: Tensor) -> Tensor:
+    def forward(self, x_XH: Tensor, layout: Layout, ops: Ops) -> Tensor:
         for layer in self.layer:
-            x_BSH = layer(x_BSH, keep_B11S)
-        return x_BSH
+            if self.is_checkpointed and self.training:
+                x_XH = checkpoint(layer, x_XH, layout, ops, use_reentrant=False)
+            else:
+                x_XH = layer(x_XH, layout, ops)
+        return ops.normalize(x_XH, self.LayerNorm) if hasattr(self, "LayerNorm") else x_XH
+
+
+class Encoded(NamedTuple):
+    """The encoder's output.
+
+    Attributes:
+        x_XH: every token's vector.
+        starts_B: where each row's [CLS] is among the tokens, counted without the axes of `X`.
+    """
+
+    x_XH: Tensor
+    starts_B: Tensor
+
+    def at(self, positions_BP: Tensor) -> Tensor:
+        """The vectors at some positions of each row, BPH."""
+        return self.x_XH.flatten(0, -2)[self.starts_B[:, None] + positions_BP]
+
+    @property
+    def first_BH(self) -> Tensor:
+        """The vectors of [CLS]."""
+        return self.x_XH.flatten(0, -2)[self.starts_B]
 
 
 class Bert(nn.Module):
     """Embeddings, encoder and pooler."""
 
-    def __init__(self, config: BertConfig, kernels: Kernels) -> None:
+    def __init__(self, config: BertConfig, kernels: Kernels, *, pooler: bool = True) -> None:
         super().__init__()
+        self.kernels = kernels
+        self.dropout_p = config.attention_probs_dropout_prob
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config, kernels)
-        self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
+        if pooler:
+            dense = nn.Linear(config.hidden_size, config.hidden_size)
+            self.pooler = nn.ModuleDict({"dense": dense})
 
     def forward(
-        self, input_ids_BS: Tensor, input_mask_BS: Tensor, segment_ids_BS: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The last layer's output BSH, and the pooled [CLS] output BH."""
-        keep_B11S = input_mask_BS.bool()[:, None, None, :]
-        x_BSH = self.embeddings(input_ids_BS, segment_ids_BS)
-        x_BSH = self.encoder(x_BSH, keep_B11S)
-        return x_BSH, torch.tanh(self.pooler["dense"](x_BSH[:, 0]))
+        self,
+        input_ids_BS: Tensor,
+        input_mask_BS: Tensor,
+        segment_ids_BS: Tensor,
+        packing: Packing | None = None,
+    ) -> Encoded:
+        """The last layer's output; with a packing, of tokens alone."""
+        num_rows, row_length = input_ids_BS.shape
+        starts_B = (
+            torch.arange(0, num_rows * row_length, row_length, device=input_ids_BS.device)
+            if packing is None
+            else packing.cu_seqlens[:num_rows].long()
+        )
+        ops = self.ops()
+        x_XH = self.embeddings(input_ids_BS, segment_ids_BS, packing, ops)
+        layout = Layout(input_mask_BS.bool(), packing)
+        return Encoded(self.encoder(x_XH, layout, ops), starts_B)
+
+    def pack(self, input_mask_BS: Tensor) -> Packing | None:
+        """The packing of a batch, where padding is to be left out; a GPU is waited for."""
+        if not self.kernels.packing:
+            return None
+        return Packing(*(part.to(input_mask_BS.device) for part in pack(input_mask_BS)))
+
+    def ops(self) -> Ops:
+        """The implementations for the device and precision that the weights are in now."""
+        weight = self.embeddings.word_embeddings.weight
+        device, dtype = weight.device, weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        dropout_p = self.dropout_p if self.training else 0.0
+        return choices.select(self.kernels, device, dtype, dropout_p=dropout_p)
+
+    def pool(self, encoded: Encoded) -> Tensor:
+        """The pooled [CLS], BH."""
+        return torch.tanh(self.pooler["dense"](encoded.first_BH))
 
 
 class MaskedLmHead(nn.Module):
@@ -149,45 +266,75 @@ class MaskedLmHead(nn.Module):
         )
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, x: Tensor, word_embeddings_VH: Tensor) -> Tensor:
-        x = self.transform["LayerNorm"](F.gelu(self.transform["dense"](x)))
-        return F.linear(x, word_embeddings_VH, self.bias)
+    def transformed(self, x_XH: Tensor, ops: Ops) -> Tensor:
+        """What the decoder reads."""
+        wide_XH = F.gelu(self.transform["dense"](x_XH))
+        return ops.normalize(wide_XH, cast(nn.LayerNorm, self.transform["LayerNorm"]))
+
+    def bias_of(self, word_embeddings_VH: Tensor) -> Tensor:
+        """The decoder's bias: for rows that pad the vocabulary one that no word has."""
+        return F.pad(self.bias, (0, len(word_embeddings_VH) - len(self.bias)), value=float("-inf"))
 
 
 class PretrainingLosses(NamedTuple):
     """Sums over a micro-batch; whoever knows the global batch divides them.
 
-    `mlm_correct` and `nsp_correct` are counted in evaluation only.
+    What is correct is counted in evaluation only.
+
+    Attributes:
+        nsp_rows: rows with a next-sentence label: none where there is no head for it.
     """
 
     mlm_loss_sum: Tensor
     nsp_loss_sum: Tensor
     mlm_correct: Tensor | None
     nsp_correct: Tensor | None
+    nsp_rows: Tensor | None
 
 
 class BertForPreTraining(nn.Module):
-    """BERT with the masked-LM and next-sentence heads."""
+    """BERT with the masked-LM and next-sentence heads.
 
-    def __init__(self, config: BertConfig, kernels: Kernels | None = None) -> None:
+    Args:
+        nsp: False for masked words alone: there is no pooler and no next-sentence head.
+    """
+
+    def __init__(
+        self, config: BertConfig, kernels: Kernels | None = None, *, nsp: bool = True
+    ) -> None:
         super().__init__()
         self.config = config
-        self.bert = Bert(config, kernels or Kernels())
-        self.cls = nn.ModuleDict(
-            {
-                "predictions": MaskedLmHead(config),
-                "seq_relationship": nn.Linear(config.hidden_size, 2),
-            }
-        )
+        self.has_nsp = nsp
+        self.bert = Bert(config, kernels or Kernels(), pooler=nsp)
+        self.cls = nn.ModuleDict({"predictions": MaskedLmHead(config)})
+        if nsp:
+            self.cls["seq_relationship"] = nn.Linear(config.hidden_size, 2)
         initialize(self, config.initializer_range)
+
+    @property
+    def mlm_head(self) -> MaskedLmHead:
+        """What turns vectors into words."""
+        return cast(MaskedLmHead, self.cls["predictions"])
 
     def logits(
         self, input_ids_BS: Tensor, input_mask_BS: Tensor, segment_ids_BS: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Masked-LM logits of every position BSV, and next-sentence logits B2."""
-        x_BSH, pooled_BH = self.bert(input_ids_BS, input_mask_BS, segment_ids_BS)
-        logits_BSV = self.cls["predictions"](x_BSH, self.bert.embeddings.word_embeddings.weight)
-        return logits_BSV, self.cls["seq_relationship"](pooled_BH)
+        encoded = self.bert(input_ids_BS, input_mask_BS, segment_ids_BS)
+        return self._word_logits(encoded.x_XH), self._nsp_logits(encoded)
+
+    def _word_logits(self, x_XH: Tensor) -> Tensor:
+        words_VH, head = self.bert.embeddings.word_embeddings.weight, self.mlm_head
+        logits_XV = F.linear(
+            head.transformed(x_XH, self.bert.ops()), words_VH, head.bias_of(words_VH)
+        )
+        return logits_XV[..., : self.config.vocab_size]
+
+    def _nsp_logits(self, encoded: Encoded) -> Tensor | None:
+        if not self.has_nsp:
+            return None
+        logits_B2: Tensor = self.cls["seq_relationship"](self.bert.pool(encoded))
+        return logits_B2
 
     def forward(
         self,
@@ -197,35 +344,54 @@ class BertForPreTraining(nn.Module):
         masked_lm_positions: Tensor,
         masked_lm_ids: Tensor,
         next_sentence_labels: Tensor,
+        places: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> PretrainingLosses:
         """The losses of a batch under the names of the shards' datasets.
 
-        The vocabulary projection, the largest matrix product of a small model, runs on the P masked
+        The vocabulary projection, the largest matrix product of a small model, runs on the masked
         rows only. A position of 0 is padding of the list of predictions.
+
+        Args:
+            places, cu_seqlens: the batch's packing; made here where it is not given.
         """
-        x_BSH, pooled_BH = self.bert(input_ids, input_mask, segment_ids)
-        index_BPH = masked_lm_positions[..., None].expand(-1, -1, x_BSH.shape[-1])
-        masked_BPH = x_BSH.gather(1, index_BPH)
-        logits_BPV = self.cls["predictions"](
-            masked_BPH, self.bert.embeddings.word_embeddings.weight
+        packing = (
+            self.bert.pack(input_mask)
+            if places is None or cu_seqlens is None
+            else Packing(places, cu_seqlens)
         )
-        labels_BP = masked_lm_ids.masked_fill(masked_lm_positions == 0, IGNORED_LABEL)
-        nsp_logits_B2 = self.cls["seq_relationship"](pooled_BH)
-        return PretrainingLosses(
-            mlm_loss_sum=F.cross_entropy(
-                logits_BPV.flatten(0, 1).float(),
-                labels_BP.flatten(),
-                ignore_index=IGNORED_LABEL,
-                reduction="sum",
-            ),
-            nsp_loss_sum=F.cross_entropy(
-                nsp_logits_B2.float(), next_sentence_labels, reduction="sum"
-            ),
-            mlm_correct=None if self.training else (logits_BPV.argmax(-1) == labels_BP).sum(),
-            nsp_correct=None
-            if self.training
-            else (nsp_logits_B2.argmax(-1) == next_sentence_labels).sum(),
-        )
+        encoded = self.bert(input_ids, input_mask, segment_ids, packing)
+        x_RH = encoded.at(masked_lm_positions).flatten(0, 1)
+        labels_R = masked_lm_ids.masked_fill(masked_lm_positions == 0, IGNORED_LABEL).flatten()
+        if labels_R.device.type == "cpu":  # elsewhere this would wait for the device
+            is_asked_R = labels_R != IGNORED_LABEL
+            x_RH, labels_R = x_RH[is_asked_R], labels_R[is_asked_R]
+        mlm_loss, mlm_correct = self._mlm(x_RH, labels_R)
+        nsp_loss, nsp_correct, nsp_rows = self._nsp(encoded, next_sentence_labels)
+        return PretrainingLosses(mlm_loss, nsp_loss, mlm_correct, nsp_correct, nsp_rows)
+
+    def _mlm(self, x_RH: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not self.training:
+            logits_RV = self._word_logits(x_RH).float()
+            loss = F.cross_entropy(logits_RV, labels_R, ignore_index=IGNORED_LABEL, reduction="sum")
+            return loss, (logits_RV.argmax(-1) == labels_R).sum()
+        words_VH, head = self.bert.embeddings.word_embeddings.weight, self.mlm_head
+        ops = self.bert.ops()
+        x_RH = head.transformed(x_RH, ops)
+        return ops.cross_entropy(x_RH, words_VH, head.bias_of(words_VH), labels_R), None
+
+    def _nsp(
+        self, encoded: Encoded, labels_B: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        logits_B2 = self._nsp_logits(encoded)
+        if logits_B2 is None:
+            none = encoded.x_XH.new_zeros((), dtype=torch.float32)
+            return none, none, none
+        loss = F.cross_entropy(logits_B2.float(), labels_B, reduction="sum")
+        if self.training:
+            return loss, None, None
+        rows = torch.tensor(len(labels_B), device=labels_B.device)
+        return loss, (logits_B2.argmax(-1) == labels_B).sum(), rows
 
 
 class BertForSequenceClassification(nn.Module):
@@ -235,8 +401,8 @@ class BertForSequenceClassification(nn.Module):
         super().__init__()
         self.config = config
         self.bert = Bert(config, kernels or Kernels())
-        dropout_p = config.classifier_dropout
-        self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout_p is None else dropout_p)
+        asked = config.classifier_dropout
+        self.dropout_p = config.hidden_dropout_prob if asked is None else asked
         self.classifier = nn.Linear(config.hidden_size, num_labels)
         initialize(self, config.initializer_range)
 
@@ -244,8 +410,9 @@ class BertForSequenceClassification(nn.Module):
         self, input_ids_BS: Tensor, input_mask_BS: Tensor, segment_ids_BS: Tensor
     ) -> Tensor:
         """Logits BC."""
-        _, pooled_BH = self.bert(input_ids_BS, input_mask_BS, segment_ids_BS)
-        logits_BC: Tensor = self.classifier(self.dropout(pooled_BH))
+        packing = self.bert.pack(input_mask_BS)
+        encoded = self.bert(input_ids_BS, input_mask_BS, segment_ids_BS, packing)
+        logits_BC: Tensor = self.classifier(_drop(self, self.bert.pool(encoded)))
         return logits_BC
 
 
@@ -261,13 +428,16 @@ def initialize(model: nn.Module, std: float) -> None:
             module.weight.normal_(0.0, std)
         if isinstance(module, nn.Linear):
             module.bias.zero_()
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            module.weight[module.padding_idx].zero_()
+    for module in model.modules():
+        if isinstance(module, Embeddings):
+            words = module.word_embeddings
+            words.weight[words.padding_idx].zero_()
+            words.weight[module.vocab_size :].zero_()
 
 
 def num_parameters(model: nn.Module) -> int:
-    """The number of trainable values."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    """The number of values that a checkpoint holds."""
+    return sum(tensor.numel() for tensor in model.state_dict().values())
 
 
 def training_flops_per_sequence(config: BertConfig, seq_length: int, max_predictions: int) -> float:

@@ -1,6 +1,7 @@
 """Our BERT against Hugging Face's, and what must hold of any BERT."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -8,13 +9,17 @@ import transformers
 from torch import Tensor
 
 from zerobert.config import BertConfig
-from zerobert.kernels import Kernels, attention
+from zerobert.kernels import Kernels
+from zerobert.kernels.attention import Layout
 from zerobert.model import (
     BertForPreTraining,
     BertForSequenceClassification,
     num_parameters,
     training_flops_per_sequence,
 )
+from zerobert.packing import pack
+
+KINDS = ("weight", "bias")
 
 CONFIG = BertConfig(
     vocab_size=101,
@@ -92,7 +97,10 @@ def test_logits_losses_and_gradients_equal_hugging_face() -> None:
     wanted.loss.backward()
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=0, msg=name)
+        wanted_grad = gradients[name]
+        got_grad, padding = parameter.grad[: len(wanted_grad)], parameter.grad[len(wanted_grad) :]
+        torch.testing.assert_close(got_grad, wanted_grad, atol=1e-5, rtol=0, msg=name)
+        assert not padding.any()
 
 
 def test_fifty_steps_of_training_follow_hugging_face() -> None:
@@ -156,38 +164,127 @@ def test_what_padding_holds_does_not_matter() -> None:
     torch.testing.assert_close(model(**batch), model(**other))
 
 
-@pytest.mark.parametrize("dropout_p", [0.0])
-def test_attention_twins_agree_in_value_and_gradient(dropout_p: float) -> None:
+def _losses_and_gradients(
+    kernels: Kernels, batch: dict[str, Tensor], **changes: object
+) -> list[Tensor]:
+    """Of a model without dropout, in training mode."""
     torch.manual_seed(0)
-    inputs = [torch.randn(2, 3, 16, 8, requires_grad=True) for _ in range(3)]
-    keep = torch.ones(2, 1, 1, 16, dtype=torch.bool)
-    keep[1, ..., 9:] = False
-    results = {}
-    for name, attend in attention.IMPLEMENTATIONS.items():
-        out = attend(*inputs, keep, dropout_p)
-        results[name] = (out, torch.autograd.grad(out.square().sum(), inputs))
-    torch.testing.assert_close(results["plain"], results["sdpa"], atol=1e-5, rtol=1e-5)
+    config = dataclasses.replace(
+        CONFIG, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **changes
+    )
+    model = BertForPreTraining(config, kernels)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+        model.bert.embeddings.word_embeddings.weight[CONFIG.vocab_size :] = 0
+    losses = model(**batch)
+    (losses.mlm_loss_sum / 12 + losses.nsp_loss_sum / 5).backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    return [losses.mlm_loss_sum, losses.nsp_loss_sum, *gradients]
 
 
-def test_attention_dropout_keeps_the_mean() -> None:
-    torch.manual_seed(0)
-    q, k = torch.zeros(2, 4, 4, 64, 8)  # equal scores: every weight is 1/64
-    v = torch.ones(4, 4, 64, 8)
-    keep = torch.ones(4, 1, 1, 64, dtype=torch.bool)
-    for attend in attention.IMPLEMENTATIONS.values():
-        out = attend(q, k, v, keep, 0.1)
-        # 1024 means over 64 Bernoulli draws: sigma = sqrt(.1/.9/64)/sqrt(1024)
-        assert abs(out[..., 0].mean().item() - 1) < 4 * (0.1 / 0.9 / 64 / 1024) ** 0.5
-        assert out.std() > 0
-
-
-def test_kernels_are_chosen_by_name() -> None:
+@pytest.mark.parametrize("position", ["post", "pre"])
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        Kernels(attention="plain"),
+        Kernels(attention="sdpa"),
+        Kernels(cross_entropy="chunked"),
+        Kernels(activation_checkpointing=True),
+        Kernels(packing=False),
+    ],
+    ids=["plain attention", "sdpa", "chunked", "checkpointed", "padded"],
+)
+def test_no_kernel_changes_losses_or_gradients(kernels: Kernels, position: str) -> None:
     batch = _batch()
+    wanted = _losses_and_gradients(Kernels(packing=False), batch, layer_norm_position=position)
+    got = _losses_and_gradients(kernels, batch, layer_norm_position=position)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_may_bring_its_packing_along() -> None:
+    batch = _batch()
+    packing = pack(batch["input_mask"])
+    wanted = _losses_and_gradients(Kernels(packing=False), batch)
+    brought = {**batch, "places": packing.places_T, "cu_seqlens": packing.cu_seqlens}
+    got = _losses_and_gradients(Kernels(), brought)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_checkpointed_layers_drop_out_the_same_values_again() -> None:
+    results = []
+    for is_checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = BertForPreTraining(CONFIG, Kernels(activation_checkpointing=is_checkpointed))
+        torch.manual_seed(1)
+        losses = model(**_batch())
+        losses.mlm_loss_sum.backward()
+        words = model.bert.embeddings.word_embeddings.weight
+        results.append((losses.mlm_loss_sum, words.grad))
+    torch.testing.assert_close(results[0], results[1], atol=0, rtol=0)
+
+
+def test_pre_norm_is_the_published_formula() -> None:
+    """Xiong et al. 2020 (arXiv:2002.04745), figure 1b, by torch's own layer."""
     torch.manual_seed(0)
-    plain = BertForPreTraining(CONFIG, Kernels(attention="plain")).eval()
+    config = dataclasses.replace(CONFIG, layer_norm_position="pre")
+    model = BertForPreTraining(config, Kernels(packing=False)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    layer = model.bert.encoder.layer[0]
+    theirs = torch.nn.TransformerEncoderLayer(
+        *(config.hidden_size, config.num_attention_heads, config.intermediate_size),
+        activation="gelu",
+        layer_norm_eps=config.layer_norm_eps,
+        batch_first=True,
+        norm_first=True,
+    ).eval()
+    mine = layer.state_dict()
+    attention = [f"attention.self.{part}" for part in ("query", "key", "value")]
+    pairs = {
+        "self_attn.out_proj": "attention.output.dense",
+        "norm1": "attention.output.LayerNorm",
+        "linear1": "intermediate.dense",
+        "linear2": "output.dense",
+        "norm2": "output.LayerNorm",
+    }
+    state = {f"{to}.{kind}": mine[f"{of}.{kind}"] for to, of in pairs.items() for kind in KINDS}
+    for kind in KINDS:
+        state[f"self_attn.in_proj_{kind}"] = torch.cat(
+            [mine[f"{part}.{kind}"] for part in attention]
+        )
+    theirs.load_state_dict(state)
+    x = torch.randn(5, 24, config.hidden_size)
+    keep = _batch()["input_mask"].bool()
+    with torch.enable_grad():  # torch's inference kernel computes another formula's shortcut
+        wanted = theirs(x.requires_grad_(), src_key_padding_mask=~keep)
+    got = layer(x, Layout(keep, None), model.bert.ops())
+    torch.testing.assert_close(got[keep], wanted[keep], atol=1e-5, rtol=1e-5)
+    assert "bert.encoder.LayerNorm.weight" in model.state_dict()
+
+
+def test_without_nsp_there_is_no_head_for_it() -> None:
     torch.manual_seed(0)
-    sdpa = BertForPreTraining(CONFIG, Kernels(attention="sdpa")).eval()
-    torch.testing.assert_close(plain(**batch), sdpa(**batch))
+    model = BertForPreTraining(CONFIG, nsp=False)
+    assert not [name for name in model.state_dict() if "pooler" in name or "seq_rel" in name]
+    losses = model(**_batch())
+    assert losses.nsp_loss_sum.item() == 0
+    losses.mlm_loss_sum.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    counted = model.eval()(**_batch())
+    assert counted.nsp_rows.item() == 0
+    assert counted.mlm_correct is not None
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own, of which there are many
+def test_compiled_layers_compute_the_same_without_a_graph_break() -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs g++ here")
+    batch = _batch()
+    wanted = _losses_and_gradients(Kernels(), batch)
+    got = _losses_and_gradients(Kernels(compile=True), batch)  # fullgraph: a break is an error
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_base_has_the_published_size() -> None:

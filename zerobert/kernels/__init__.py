@@ -1,34 +1,188 @@
 """Fast paths, each in its own file beside the plain-torch twin that a test holds it against.
 
-`Kernels` is the JSON's `"kernels"` section: `auto` chooses by device, a name insists. What was
-chosen, and why, is printed at the start of a run and by `bash launch.sh doctor`.
+`Kernels` is the JSON's `"kernels"` section: `auto` chooses by device and precision, a name insists.
+What was chosen, and why, is printed at the start of a run and by `bash launch.sh doctor`.
 """
 
 import dataclasses
-from typing import Literal
+import functools
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
 
 import torch
 
-from zerobert.kernels import attention
+from zerobert.errors import ConfigError, MissingDependencyError
+from zerobert.kernels import attention, cross_entropy, layer_norm
+from zerobert.page import Table, format_table
+
+_16_BITS = (torch.bfloat16, torch.float16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """Which implementation each op uses."""
+    """Which implementation each op uses; none of them changes what is computed.
 
-    attention: Literal["auto", "sdpa", "plain"] = "auto"
+    Attributes:
+        packing: leave padding out of all but attention, and out of that too where it can.
+        activation_checkpointing: keep each layer's input only and compute the rest again in the
+            backward pass: a third more time for a fraction of the memory.
+        compile: hand the layers to torch.compile.
+    """
+
+    attention: Literal["auto", "plain", "sdpa", "flash", "varlen"] = "auto"
+    layer_norm: Literal["auto", "torch", "apex"] = "auto"
+    cross_entropy: Literal["auto", "plain", "chunked"] = "auto"
+    packing: bool = True
+    activation_checkpointing: bool = False
+    compile: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The implementation that an op will use, and why."""
+    """The implementation that an op uses, and why no other."""
 
     op: str
     chosen: str
     reason: str
 
 
-def describe(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> list[Choice]:
-    """What each op will use on this device at this precision."""
-    chosen, reason = attention.choose(kernels.attention, device, dtype)
-    return [Choice(op="attention", chosen=chosen, reason=reason)]
+def choose(
+    kernels: Kernels, device: torch.device, dtype: torch.dtype, *, dropout_p: float
+) -> dict[str, Choice]:
+    """What each op uses.
+
+    Args:
+        dropout_p: of the attention weights.
+
+    Raises:
+        ConfigError: an implementation is asked for that can't serve.
+        MissingDependencyError: its package is missing.
+    """
+    choices = [
+        _attention(kernels, device, dtype, dropout_p),
+        _layer_norm(kernels, device),
+        _dropout(device),
+        _cross_entropy(kernels, device, dtype),
+        Choice(
+            op="padding",
+            chosen="left out" if kernels.packing else "computed",
+            reason="kernels.packing",
+        ),
+        Choice(
+            op="torch.compile",
+            chosen="layers" if kernels.compile else "off",
+            reason="kernels.compile",
+        ),
+    ]
+    return {choice.op: choice for choice in choices}
+
+
+def format_choices(choices: Iterable[Choice]) -> str:
+    """A table of what each op uses."""
+    rows = [(choice.op, choice.chosen, choice.reason) for choice in choices]
+    return format_table(Table(title="Kernels", header=("op", "used", "why"), rows=rows))
+
+
+class Ops(NamedTuple):
+    """The implementations that a model calls."""
+
+    attend: attention.Attention
+    normalize: layer_norm.LayerNorm
+    cross_entropy: cross_entropy.LinearCrossEntropy
+
+
+@functools.cache
+def select(kernels: Kernels, device: torch.device, dtype: torch.dtype, *, dropout_p: float) -> Ops:
+    """The implementations themselves; see `choose`."""
+    chosen = choose(kernels, device, dtype, dropout_p=dropout_p)
+    return Ops(
+        attention.IMPLEMENTATIONS[chosen["attention"].chosen],
+        layer_norm.IMPLEMENTATIONS[chosen["layer norm"].chosen],
+        cross_entropy.IMPLEMENTATIONS[chosen["cross entropy"].chosen],
+    )
+
+
+_ASKED = "asked for in the configuration"
+
+
+def _attention(
+    kernels: Kernels, device: torch.device, dtype: torch.dtype, dropout_p: float
+) -> Choice:
+    asked = kernels.attention
+    if asked != "auto":
+        refusal = asked in ("flash", "varlen") and _packed_refusal(
+            asked, kernels, device, dtype, dropout_p
+        )
+        if refusal:
+            raise refusal
+        return Choice(op="attention", chosen=asked, reason=_ASKED)
+    reasons = []
+    for name in ("flash", "varlen"):
+        refusal = _packed_refusal(name, kernels, device, dtype, dropout_p)
+        if refusal is None:
+            return Choice(op="attention", chosen=name, reason="fused, without padding")
+        reasons.append(str(refusal))
+    if device.type == "cuda":
+        return Choice(op="attention", chosen="sdpa", reason=f"fused kernel; {'; '.join(reasons)}")
+    if dtype in _16_BITS:
+        reason = "faster than sdpa in 16 bits on CPU at short lengths"
+        return Choice(op="attention", chosen="plain", reason=reason)
+    if dropout_p > 0:
+        reason = "on CPU sdpa drops out value by value; sdpa in evaluation"
+        return Choice(op="attention", chosen="plain", reason=reason)
+    return Choice(op="attention", chosen="sdpa", reason="torch's fused CPU kernel")
+
+
+def _packed_refusal(
+    name: str, kernels: Kernels, device: torch.device, dtype: torch.dtype, dropout_p: float
+) -> ConfigError | MissingDependencyError | None:
+    """Why an implementation without padding can't serve."""
+    where = f"kernels.attention {name!r}"
+    if device.type != "cuda" or dtype not in _16_BITS:
+        return ConfigError(f"{where} runs in bf16 and fp16 on CUDA only")
+    if not kernels.packing:
+        return ConfigError(f"{where} needs kernels.packing")
+    if name == "flash" and attention.FLASH_KERNEL is None:
+        return MissingDependencyError(
+            f"{where} needs flash-attn: pip install flash-attn --no-build-isolation"
+        )
+    if name == "varlen" and attention.VARLEN_KERNEL is None:
+        return MissingDependencyError(f"{where} needs torch 2.10 or newer")
+    if name == "varlen" and dropout_p > 0:
+        return ConfigError(f"{where} has no dropout; set attention_probs_dropout_prob to 0")
+    return None
+
+
+def _layer_norm(kernels: Kernels, device: torch.device) -> Choice:
+    has_apex = layer_norm.APEX_KERNEL is not None
+    if kernels.layer_norm == "apex" and not (has_apex and device.type == "cuda"):
+        raise MissingDependencyError(
+            "kernels.layer_norm 'apex' needs NVIDIA's apex on CUDA; `bash launch.sh doctor` says "
+            "how to build it"
+        )
+    if kernels.layer_norm != "auto":
+        return Choice(op="layer norm", chosen=kernels.layer_norm, reason=_ASKED)
+    if has_apex and device.type == "cuda":
+        return Choice(op="layer norm", chosen="apex", reason="installed, and fused both ways")
+    return Choice(op="layer norm", chosen="torch", reason="torch's own kernel")
+
+
+def _dropout(device: torch.device) -> Choice:
+    if device.type == "cpu":
+        reason = "four decisions from one random number, where bernoulli_ takes one each"
+        return Choice(op="dropout", chosen="words", reason=reason)
+    return Choice(op="dropout", chosen="torch", reason="fused with its mask")
+
+
+def _cross_entropy(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> Choice:
+    if kernels.cross_entropy == "chunked" and dtype == torch.float16:
+        raise ConfigError(
+            "kernels.cross_entropy 'chunked' makes gradients before the loss is scaled, which fp16 "
+            "can't hold; choose 'plain' or bf16"
+        )
+    if kernels.cross_entropy != "auto":
+        return Choice(op="cross entropy", chosen=kernels.cross_entropy, reason=_ASKED)
+    if device.type == "cuda" and dtype != torch.float16:
+        return Choice(op="cross entropy", chosen="chunked", reason="never holds all logits")
+    reason = "as fast as in chunks on CPU" if device.type == "cpu" else "fp16 needs the loss scale"
+    return Choice(op="cross entropy", chosen="plain", reason=reason)

@@ -1,56 +1,150 @@
-"""Scaled dot-product attention with a padding mask and dropout.
+"""Scaled dot-product attention with dropout, over padded batches and over packed ones.
 
-Shapes: B batch, N heads, S sequence, D head width.
+Queries, keys and values come token by token, so that a batch without padding is served as well as
+one with it.
+
+Shapes: B batch, S sequence, T packed tokens, N heads, D head width; `X` is `BS` or `T`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+from zerobert.kernels import dropout
+
+try:
+    from flash_attn import flash_attn_varlen_func as _flash
+except ImportError:
+    _flash = None
+try:
+    from torch.nn.attention.varlen import varlen_attn as _varlen
+except ImportError:
+    _varlen = None  # type: ignore[assignment]
+
+# None where it is not installed.
+FLASH_KERNEL: Any = _flash
+VARLEN_KERNEL: Any = _varlen
 
 
-def plain(
-    q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, keep_B11S: Tensor, dropout_p: float
-) -> Tensor:
+class Packing(NamedTuple):
+    """Where the tokens of a batch lie when its padding is left out.
+
+    Attributes:
+        places_T: the token's place in the flattened batch. Tokens of a row are neighbours, rows are
+            in order; at the end may be a few places of padding, which nobody reads.
+        cu_seqlens: [B + 2], where each row starts among the tokens, and where the padding starts
+            and ends; int32.
+    """
+
+    places_T: Tensor
+    cu_seqlens: Tensor
+
+
+class Layout(NamedTuple):
+    """Which tokens may look at which: those of their own row that are no padding.
+
+    Attributes:
+        keep_BS: True where there is a token.
+        packing: where the tokens lie; None where padding is computed too.
+    """
+
+    keep_BS: Tensor
+    packing: Packing | None
+
+
+Attention = Callable[[Tensor, Tensor, Tensor, Layout, float], Tensor]
+_Padded = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+
+
+def plain(q_XND: Tensor, k_XND: Tensor, v_XND: Tensor, layout: Layout, dropout_p: float) -> Tensor:
     """The formula as it stands in the paper; softmax in fp32 whatever the inputs are.
 
     Args:
-        keep_B11S: True where a key may be attended to.
         dropout_p: probability of dropping an attention weight; 0 in evaluation.
 
     Returns:
-        The mixed values, BNSD.
+        The mixed values, XND.
 
     Source: Vaswani et al. 2017, section 3.2.1.
     """
-    scores_BNSS = q_BNSD @ k_BNSD.mT / math.sqrt(q_BNSD.shape[-1])
-    scores_BNSS = scores_BNSS.masked_fill(~keep_B11S, float("-inf"))
-    weights_BNSS = scores_BNSS.softmax(dim=-1, dtype=torch.float32).to(v_BNSD.dtype)
-    return F.dropout(weights_BNSS, dropout_p, training=dropout_p > 0) @ v_BNSD
+    return _over_rows(_plain, (q_XND, k_XND, v_XND), layout, dropout_p)
 
 
-def sdpa(
+def sdpa(q_XND: Tensor, k_XND: Tensor, v_XND: Tensor, layout: Layout, dropout_p: float) -> Tensor:
+    """The same by torch's `scaled_dot_product_attention`, which has fused kernels."""
+    return _over_rows(_sdpa, (q_XND, k_XND, v_XND), layout, dropout_p)
+
+
+def flash(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, layout: Layout, dropout_p: float) -> Tensor:
+    """The same over packed tokens by flash-attn (Dao 2023); 16 bits and CUDA only.
+
+    Written after its documentation; it has not run on a device yet.
+    """
+    starts, longest = _ragged(layout)
+    mixed_TND: Tensor = FLASH_KERNEL(
+        *(q_TND, k_TND, v_TND, starts, starts, longest, longest), dropout_p=dropout_p
+    )
+    return mixed_TND
+
+
+def varlen(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, layout: Layout, dropout_p: float) -> Tensor:
+    """The same over packed tokens by torch's `varlen_attn`; 16 bits, CUDA and no dropout only.
+
+    Written after its documentation; it has not run on a device yet.
+    """
+    assert dropout_p == 0.0
+    starts, longest = _ragged(layout)
+    mixed_TND: Tensor = VARLEN_KERNEL(q_TND, k_TND, v_TND, starts, starts, longest, longest)
+    return mixed_TND
+
+
+def _ragged(layout: Layout) -> tuple[Tensor, int]:
+    assert layout.packing is not None
+    return layout.packing.cu_seqlens, layout.keep_BS.shape[1]
+
+
+def _over_rows(
+    attend: _Padded, qkv_XND: Sequence[Tensor], layout: Layout, dropout_p: float
+) -> Tensor:
+    """Attention row by row; packed tokens are laid out in rows for it, and packed again."""
+    keep_BS, packing = layout
+    if packing is not None:
+        qkv_XND = [_rows(x_TND, keep_BS, packing.places_T) for x_TND in qkv_XND]
+    q_BNSD, k_BNSD, v_BNSD = (x_BSND.transpose(1, 2) for x_BSND in qkv_XND)
+    mixed_BNSD = attend(q_BNSD, k_BNSD, v_BNSD, keep_BS[:, None, None, :], dropout_p)
+    mixed_BSND = mixed_BNSD.transpose(1, 2)
+    return mixed_BSND if packing is None else mixed_BSND.flatten(0, 1)[packing.places_T]
+
+
+def _rows(x_TND: Tensor, keep_BS: Tensor, places_T: Tensor) -> Tensor:
+    rows = x_TND.new_zeros(keep_BS.numel(), *x_TND.shape[1:]).index_copy(0, places_T, x_TND)
+    return rows.view(*keep_BS.shape, *x_TND.shape[1:])
+
+
+def _plain(
     q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, keep_B11S: Tensor, dropout_p: float
 ) -> Tensor:
-    """The same by torch's `scaled_dot_product_attention`, which has fused kernels."""
+    scores_BNSS = (q_BNSD / math.sqrt(q_BNSD.shape[-1])) @ k_BNSD.mT
+    scores_BNSS = scores_BNSS.masked_fill(~keep_B11S, float("-inf"))
+    weights_BNSS = scores_BNSS.softmax(dim=-1, dtype=torch.float32).to(v_BNSD.dtype)
+    return dropout.drop(weights_BNSS, dropout_p) @ v_BNSD
+
+
+def _sdpa(
+    q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, keep_B11S: Tensor, dropout_p: float
+) -> Tensor:
     return F.scaled_dot_product_attention(
         q_BNSD, k_BNSD, v_BNSD, attn_mask=keep_B11S, dropout_p=dropout_p
     )
 
 
-IMPLEMENTATIONS: dict[str, Attention] = {"plain": plain, "sdpa": sdpa}
-
-
-def choose(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The implementation's name for a device and precision, and the reason for it."""
-    if requested != "auto":
-        return requested, "asked for in the configuration"
-    if device.type == "cuda":
-        return "sdpa", "memory-efficient fused kernel"
-    if dtype in (torch.bfloat16, torch.float16):
-        return "plain", "faster than sdpa in 16 bits on CPU at short lengths"
-    return "sdpa", "torch's fused CPU kernel where there is no dropout"
+IMPLEMENTATIONS: dict[str, Attention] = {
+    "plain": plain,
+    "sdpa": sdpa,
+    "flash": flash,
+    "varlen": varlen,
+}

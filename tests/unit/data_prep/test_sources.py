@@ -216,7 +216,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.command == "GET" and found:
             self.wfile.write(self.body)
 
-    do_GET = do_HEAD = _answer  # noqa: N815
+    do_GET = do_HEAD = _answer
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         pass

@@ -1,0 +1,354 @@
+"""Training steps (forward, backward, AdamW) of BERT: ours beside Hugging Face's and NVIDIA's.
+
+    python benchmarks/train_step.py --size base --dtype bf16 --device cuda
+
+All models have the same weights and get the same batches, in turns within one process. Before
+anything is timed their losses and gradients must be equal, without dropout. Ours keeps 16-bit
+weights with fp32 masters, as under DeepSpeed; the others train under autocast, as their own
+trainers do.
+"""
+
+import argparse
+import copy
+import dataclasses
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import measure, peers  # noqa: E402
+from zerobert.config import SIZES, BertConfig  # noqa: E402
+from zerobert.device import peak_flops  # noqa: E402
+from zerobert.kernels import Kernels  # noqa: E402
+from zerobert.model import BertForPreTraining, training_flops_per_sequence  # noqa: E402
+from zerobert.packing import pack  # noqa: E402
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Batch = dict[str, Tensor]
+# Hugging Face's and ours add up in another order; the largest gradient is near 1.
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-4
+
+
+class Ours(nn.Module):
+    """Our model as the training loop drives it."""
+
+    def __init__(self, model: BertForPreTraining) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss, both parts as means."""
+        losses = self.model(**batch)
+        num_masked = (batch["masked_lm_positions"] > 0).sum()
+        loss: Tensor = losses.mlm_loss_sum / num_masked + losses.nsp_loss_sum / len(
+            batch["input_ids"]
+        )
+        return loss
+
+
+class Masters:
+    """AdamW on fp32 copies of 16-bit weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Copy the weights."""
+        self.weights = list(model.parameters())
+        self.masters = [weight.detach().float().clone() for weight in self.weights]
+        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4, fused=True)
+
+    def step(self) -> None:
+        """Update both."""
+        for master, weight in zip(self.masters, self.weights, strict=True):
+            assert weight.grad is not None
+            master.grad = weight.grad.float()
+        self.optimizer.step()
+        torch._foreach_copy_(self.weights, self.masters)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for weight in self.weights:
+            weight.grad = None
+
+
+class Contender:
+    """A model with its optimizer, ready to take steps."""
+
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, *, masters: bool, packed: bool
+    ) -> None:
+        """Train in 16 bits with fp32 masters, or under autocast."""
+        self.autocast = None if masters or dtype == torch.float32 else dtype
+        self.packed = packed
+        self.model = model.to(dtype) if masters else model
+        self.optimizer: Any = (
+            Masters(self.model)
+            if masters and dtype != torch.float32
+            else torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        )
+
+    def loss(self, batch: Batch, device: torch.device) -> Tensor:
+        """One forward pass, the batch's way to the device included."""
+        if self.packed:
+            packing = pack(batch["input_mask"])
+            batch = {**batch, "places": packing.places_T, "cu_seqlens": packing.cu_seqlens}
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+            loss: Tensor = self.model(batch)
+        return loss
+
+    def step(self, batches: Sequence[Batch], device: torch.device) -> None:
+        """One optimizer step over micro-batches."""
+        self.optimizer.zero_grad()
+        for batch in batches:
+            (self.loss(batch, device) / len(batches)).backward()
+        self.optimizer.step()
+
+
+def make_batch(config: BertConfig, rows: int, seq_length: int, fill: float, seed: int) -> Batch:
+    """Rows of random words; their mean length is a share of the sequence, as in real shards most
+    are full and some short.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    num_predictions = 20 if seq_length == 128 else 80
+
+    def draw(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    # A share of short rows, of all lengths alike, gives the mean asked for.
+    is_short = torch.rand(rows, generator=generator) < 2 * (1 - fill)
+    lengths = torch.where(is_short, draw(8, seq_length, rows), seq_length)
+    mask = (torch.arange(seq_length) < lengths[:, None]).long()
+    num_masked = (lengths * 0.15).long().clamp(1, num_predictions)
+    order = torch.rand(rows, seq_length, generator=generator)
+    order = order.masked_fill(mask == 0, 2).index_fill(1, torch.tensor([0]), 2).argsort(1)
+    chosen = order[:, :num_predictions]
+    is_asked = torch.arange(num_predictions) < num_masked[:, None]
+    positions = chosen.where(is_asked, seq_length).sort(1).values
+    positions = positions.where(positions < seq_length, 0)
+    return {
+        "input_ids": draw(1000, config.vocab_size, rows, seq_length) * mask,
+        "input_mask": mask,
+        "segment_ids": (torch.arange(seq_length) > lengths[:, None] // 2).long() * mask,
+        "masked_lm_positions": positions,
+        "masked_lm_ids": draw(1000, config.vocab_size, rows, num_predictions) * (positions > 0),
+        "next_sentence_labels": draw(0, 2, rows),
+    }
+
+
+def build(config: BertConfig, arguments: argparse.Namespace) -> dict[str, Callable[[], Contender]]:
+    """What is compared; each is built when it is asked for."""
+    torch.manual_seed(0)
+    source = BertForPreTraining(config)
+    dtype, device = DTYPES[arguments.dtype], torch.device(arguments.device)
+
+    def ours(**settings: Any) -> Contender:
+        model = BertForPreTraining(config, Kernels(**settings))
+        model.load_state_dict(source.state_dict())
+        packed = settings.get("packing", True)
+        return Contender(Ours(model).to(device), dtype, masters=True, packed=packed)
+
+    def theirs(make: Callable[[], nn.Module], *, compiled: bool = False) -> Contender:
+        model = make().to(device)
+        if compiled:
+            model.compile()
+        return Contender(model, dtype, masters=False, packed=False)
+
+    found: dict[str, Callable[[], Contender]] = {
+        "Hugging Face eager": lambda: theirs(lambda: peers.HuggingFaceBert(source, "eager")),
+        "Hugging Face sdpa": lambda: theirs(lambda: peers.HuggingFaceBert(source, "sdpa")),
+        "NVIDIA": lambda: theirs(lambda: peers.NvidiaBert(source)),
+        "zerobert, padded": lambda: ours(packing=False),
+        "zerobert": lambda: ours(),
+    }
+    if arguments.compile:
+        found["Hugging Face sdpa, compiled"] = lambda: theirs(
+            lambda: peers.HuggingFaceBert(source, "sdpa"), compiled=True
+        )
+        found["zerobert, compiled"] = lambda: ours(compile=True)
+    return found
+
+
+def check_equal(config: BertConfig, arguments: argparse.Namespace) -> None:
+    """All models' losses and gradients in fp32 without dropout.
+
+    Raises:
+        ValueError: one differs from Hugging Face's.
+    """
+    plain = dataclasses.replace(config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    exact = copy.copy(arguments)
+    exact.dtype = "fp32"
+    batch = make_batch(plain, 4, arguments.seq_length, 0.7, seed=7)
+    wanted: tuple[float, float] | None = None
+    for name, make in build(plain, exact).items():
+        contender = make()
+        loss = contender.loss(batch, torch.device(arguments.device))
+        loss.backward()
+        gradients = [
+            parameter.grad
+            for parameter in contender.model.parameters()
+            if parameter.grad is not None
+        ]
+        norm = torch.stack(torch._foreach_norm(gradients)).norm()
+        found = (loss.item(), norm.item())
+        wanted = wanted or found
+        if abs(found[0] / wanted[0] - 1) > LOSS_TOLERANCE:
+            raise ValueError(f"{name}: loss {found[0]}, Hugging Face's is {wanted[0]}")
+        if abs(found[1] / wanted[1] - 1) > GRADIENT_TOLERANCE:
+            raise ValueError(f"{name}: gradient norm {found[1]}, Hugging Face's is {wanted[1]}")
+
+
+def matmul_floor_s(config: BertConfig, arguments: argparse.Namespace, tokens: int) -> float:
+    """Seconds that the matrix products of a step over so many tokens take, one by one, on this
+    device: what is left when all else is free.
+    """
+    device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
+    hidden, wide = config.hidden_size, config.intermediate_size
+    masked = round(tokens * 0.15)
+    shapes = [
+        *[(tokens, hidden, 3 * hidden), (tokens, hidden, hidden)] * config.num_hidden_layers,
+        *[(tokens, hidden, wide), (tokens, wide, hidden)] * config.num_hidden_layers,
+        *[(masked, hidden, hidden), (masked, hidden, config.vocab_size)],
+    ]
+
+    @functools.cache
+    def seconds(rows: int, inner: int, columns: int) -> float:
+        left = torch.randn(rows, inner, device=device, dtype=dtype)
+        right = torch.randn(inner, columns, device=device, dtype=dtype)
+        times = []
+        for _ in range(7):
+            synchronize(device)
+            started = time.perf_counter()
+            left @ right
+            synchronize(device)
+            times.append(time.perf_counter() - started)
+        return min(times[2:])
+
+    # Backward has two products as large as forward's.
+    return 3 * sum(seconds(*shape) for shape in shapes)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time all contenders in turns."""
+    device = torch.device(arguments.device)
+    config = BertConfig(**SIZES[arguments.size])
+    check_equal(config, arguments)
+    print("losses and gradients are equal", file=sys.stderr)
+    contenders = {name: make() for name, make in build(config, arguments).items()}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    samples = arguments.micro_batch * arguments.accumulation
+    for number in range(arguments.rounds + 2):
+        batches = [
+            make_batch(config, arguments.micro_batch, arguments.seq_length, arguments.fill, seed)
+            for seed in range(number * 100, number * 100 + arguments.accumulation)
+        ]
+        for name, contender in contenders.items():
+            synchronize(device)
+            started = time.perf_counter()
+            for _ in range(arguments.steps):
+                contender.step(batches, device)
+            synchronize(device)
+            times[name].append((time.perf_counter() - started) / arguments.steps)
+    rates = {name: [samples / seconds for seconds in runs[2:]] for name, runs in times.items()}
+    tokens = round(arguments.micro_batch * arguments.seq_length * arguments.fill)
+    floor_s = matmul_floor_s(config, arguments, tokens) * arguments.accumulation
+    predictions = 20 if arguments.seq_length == 128 else 80
+    flops = training_flops_per_sequence(config, arguments.seq_length, predictions)
+    return {
+        "samples_per_s": rates,
+        "matmul_floor_samples_per_s": samples / floor_s,
+        "flops_per_sequence": flops,
+        "peak_flops": peak_flops(device),
+    }
+
+
+def tell(figures: dict[str, Any], arguments: argparse.Namespace) -> str:
+    """The table."""
+    rates = {name: statistics.median(runs) for name, runs in figures["samples_per_s"].items()}
+    floor, peak = figures["matmul_floor_samples_per_s"], figures["peak_flops"]
+    rows = []
+    for name, runs in figures["samples_per_s"].items():
+        mfu = f"{rates[name] * figures['flops_per_sequence'] / peak:.1%}" if peak else "-"
+        rows.append(
+            (
+                name,
+                measure.spread(runs),
+                f"{rates[name] / rates['Hugging Face sdpa']:.2f}",
+                f"{rates[name] / rates['NVIDIA']:.2f}",
+                f"{rates[name] / floor:.0%}",
+                mfu,
+            )
+        )
+    header = ("", "samples/s", "x HF sdpa", "x NVIDIA", "of the matmul floor", "MFU")
+    title = (
+        f"## {arguments.size}, {arguments.dtype}, {arguments.micro_batch} x "
+        f"{arguments.accumulation} rows of {arguments.seq_length}, {arguments.fill:.0%} filled"
+    )
+    note = (
+        f"The matrix products of the tokens alone, one by one, would allow {floor:.2f} samples/s. "
+        "MFU counts padding as work, for all alike."
+    )
+    return f"{title}\n\n{measure.table(header, rows)}\n\n{note}"
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run one or more sizes, and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    add = parser.add_argument
+    add("--size", nargs="+", choices=list(SIZES), default=["mini", "base"])
+    add("--dtype", choices=list(DTYPES), default="fp32")
+    add("--seq_length", type=int, choices=[128, 512], default=128)
+    add(
+        "--fill",
+        type=float,
+        nargs="+",
+        default=[0.9],
+        help="mean share of a row that is no padding",
+    )
+    add("--micro_batch", type=int, default=8)
+    add("--accumulation", type=int, default=2)
+    add("--rounds", type=int, default=5)
+    add("--steps", type=int, default=1, help="steps in a row of each contender")
+    add("--compile", action="store_true", help="torch.compile as well")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--hardware", default="cpu", help="a word for the report's name")
+    add("--quick", action="store_true", help="the smallest model, one round")
+    arguments = parser.parse_args(words)
+    if arguments.quick:
+        arguments.size, arguments.rounds = ["tiny"], 1
+    sections, figures = [], {}
+    for size in arguments.size:
+        for fill in arguments.fill:
+            one = argparse.Namespace(**{**vars(arguments), "size": size, "fill": fill})
+            found = run(one)
+            said = tell(found, one)
+            print(f"{said}\n", flush=True)
+            sections.append(said)
+            figures[f"{size} {fill}"] = found
+    flags = " ".join(sys.argv[1:] if words is None else words)
+    path = measure.write_report(
+        "train_step",
+        title="Training step",
+        command=f"python benchmarks/train_step.py {flags}".strip(),
+        sections=[f"torch {torch.__version__}, {torch.get_num_threads()} threads.", *sections],
+        figures=figures,
+        slug=f"{arguments.hardware}_{arguments.dtype}_{arguments.seq_length}",
+    )
+    print(f"-> {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Which implementation serves where, and what is refused."""
+
+import pytest
+import torch
+
+from zerobert.errors import ConfigError, MissingDependencyError
+from zerobert.kernels import Kernels, attention, choose, format_choices, layer_norm
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def chosen(kernels: Kernels, device: torch.device, dtype: torch.dtype, p: float) -> dict[str, str]:
+    found = choose(kernels, device, dtype, dropout_p=p)
+    return {op: choice.chosen for op, choice in found.items()}
+
+
+def test_on_cpu() -> None:
+    training = chosen(Kernels(), CPU, torch.float32, 0.1)
+    assert training == {
+        "attention": "plain",
+        "layer norm": "torch",
+        "dropout": "words",
+        "cross entropy": "plain",
+        "padding": "left out",
+        "torch.compile": "off",
+    }
+    assert chosen(Kernels(), CPU, torch.float32, 0.0)["attention"] == "sdpa"
+    assert chosen(Kernels(), CPU, torch.bfloat16, 0.0)["attention"] == "plain"
+
+
+def test_on_cuda_it_depends_on_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "FLASH_KERNEL", None)
+    monkeypatch.setattr(attention, "VARLEN_KERNEL", object())
+    monkeypatch.setattr(layer_norm, "APEX_KERNEL", None)
+    found = choose(Kernels(), CUDA, torch.bfloat16, dropout_p=0.1)
+    assert found["attention"].chosen == "sdpa"
+    assert "pip install flash-attn" in found["attention"].reason
+    assert "no dropout" in found["attention"].reason
+    assert found["cross entropy"].chosen == "chunked"
+    assert chosen(Kernels(), CUDA, torch.float16, 0.1)["cross entropy"] == "plain"
+    assert chosen(Kernels(), CUDA, torch.bfloat16, 0.0)["attention"] == "varlen"
+    monkeypatch.setattr(attention, "FLASH_KERNEL", object())
+    monkeypatch.setattr(layer_norm, "APEX_KERNEL", object())
+    everything = chosen(Kernels(), CUDA, torch.bfloat16, 0.1)
+    assert (everything["attention"], everything["layer norm"]) == ("flash", "apex")
+    assert chosen(Kernels(packing=False), CUDA, torch.bfloat16, 0.1)["attention"] == "sdpa"
+    assert chosen(Kernels(), CUDA, torch.float32, 0.1)["attention"] == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("kernels", "device", "dtype", "error", "message"),
+    [
+        (Kernels(attention="flash"), CPU, torch.bfloat16, ConfigError, "on CUDA only"),
+        (Kernels(attention="varlen"), CUDA, torch.bfloat16, ConfigError, "has no dropout"),
+        (
+            *(Kernels(attention="varlen", packing=False), CUDA, torch.bfloat16),
+            *(ConfigError, r"needs kernels\.packing"),
+        ),
+        (Kernels(layer_norm="apex"), CPU, torch.float32, MissingDependencyError, "apex"),
+        (Kernels(cross_entropy="chunked"), CUDA, torch.float16, ConfigError, "loss is scaled"),
+    ],
+)
+def test_what_cannot_serve_is_refused_by_name(
+    kernels: Kernels,
+    device: torch.device,
+    dtype: torch.dtype,
+    error: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        choose(kernels, device, dtype, dropout_p=0.1)
+
+
+def test_the_table_names_every_op() -> None:
+    choices = choose(Kernels(), CPU, torch.float32, dropout_p=0.1)
+    shown = format_choices(choices.values())
+    assert all(op in shown for op in choices)

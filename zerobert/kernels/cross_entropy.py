@@ -1,0 +1,89 @@
+"""The projection on the vocabulary and its cross entropy in one.
+
+Shapes: R rows, H hidden, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED_LABEL = -1
+# Logits held at a time, in values; the products are long enough to run at full speed.
+_CHUNK_VALUES = 1 << 26
+
+LinearCrossEntropy = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def plain(x_RH: Tensor, weight_VH: Tensor, bias_V: Tensor, labels_R: Tensor) -> Tensor:
+    """The sum of the rows' losses in nats, through all logits at once.
+
+    Args:
+        labels_R: the right word of each row; `IGNORED_LABEL` where there is none.
+    """
+    logits_RV = F.linear(x_RH, weight_VH, bias_V).float()
+    return F.cross_entropy(logits_RV, labels_R, ignore_index=IGNORED_LABEL, reduction="sum")
+
+
+def chunked(x_RH: Tensor, weight_VH: Tensor, bias_V: Tensor, labels_R: Tensor) -> Tensor:
+    """The same without ever holding all logits: gradients are made chunk by chunk on the way.
+
+    Source of the idea: Hsu et al. 2024, Liger Kernel (arXiv:2410.10989).
+    """
+    if torch.is_grad_enabled():
+        loss: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
+            x_RH, weight_VH, bias_V, labels_R
+        )
+        return loss
+    chunks = _chunks(x_RH, weight_VH)
+    return torch.stack(
+        [plain(x_RH[rows], weight_VH, bias_V, labels_R[rows]) for rows in chunks]
+    ).sum()
+
+
+def _chunks(x_RH: Tensor, weight_VH: Tensor) -> list[slice]:
+    num_rows = max(1, _CHUNK_VALUES // len(weight_VH))
+    return [slice(start, start + num_rows) for start in range(0, len(x_RH), num_rows)]
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_RH: Tensor, weight_VH: Tensor, bias_V: Tensor, labels_R: Tensor
+    ) -> Tensor:
+        loss = x_RH.new_zeros((), dtype=torch.float32)
+        x_grad_RH = torch.empty_like(x_RH)
+        # Summed over chunks in fp32: 16 bits would lose what each of many adds.
+        weight_grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
+        bias_grad_V = torch.zeros_like(bias_V, dtype=torch.float32)
+        for rows in _chunks(x_RH, weight_VH):
+            x_CH, is_asked_C1 = x_RH[rows], (labels_R[rows] != IGNORED_LABEL)[:, None]
+            labels_C1 = labels_R[rows, None].clamp(min=0)
+            logits_CV = F.linear(x_CH, weight_VH, bias_V).float()
+            norm_C1 = logits_CV.logsumexp(-1, keepdim=True)
+            loss += ((norm_C1 - logits_CV.gather(1, labels_C1)) * is_asked_C1).sum()
+            # The logits become their own gradient: softmax less one at the right word.
+            grad_CV = logits_CV.sub_(norm_C1).exp_()
+            grad_CV.scatter_add_(1, labels_C1, torch.full_like(norm_C1, -1.0)).mul_(is_asked_C1)
+            bias_grad_V += grad_CV.sum(0)
+            grad_CV = grad_CV.to(x_RH.dtype)
+            x_grad_RH[rows] = grad_CV @ weight_VH
+            if weight_VH.dtype == torch.float32:
+                weight_grad_VH.addmm_(grad_CV.mT, x_CH)
+            else:
+                weight_grad_VH += grad_CV.mT @ x_CH
+        ctx.save_for_backward(
+            x_grad_RH, weight_grad_VH.to(weight_VH.dtype), bias_grad_V.to(bias_V.dtype)
+        )
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x_grad_RH, weight_grad_VH, bias_grad_V = ctx.saved_tensors
+        (grad,) = gradients
+        return x_grad_RH * grad, weight_grad_VH * grad, bias_grad_V * grad, None
+
+
+IMPLEMENTATIONS: dict[str, LinearCrossEntropy] = {"plain": plain, "chunked": chunked}
