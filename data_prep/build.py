@@ -112,7 +112,7 @@ def build_shards(
     native.is_available()  # the workers find it built, or the user told that it can't be
     with pool(workers, dask_scheduler) as workers_pool:
         names = [_printable(path.relative_to(input_dir)) for path in files]
-        inputs = dict(zip(names, workers_pool.map(_hash_file, files), strict=True))
+        inputs = dict(zip(names, workers_pool.read(_hash_file, files), strict=True))
         inputs[VOCAB_NAME] = tokenizer.sha256
         folder = output_dir / config.folder_name / config.name
         if is_done(folder, kind=KIND, config=config.as_record(), inputs=inputs):

@@ -31,6 +31,7 @@ class Pool:
     def __init__(self, submit: Callable[..., Any] | None, num_workers: int) -> None:
         """Take what starts a task and returns its future; None runs tasks in this process."""
         self._submit = submit
+        self._num_workers = num_workers
         self._num_waiting = num_workers * _TASKS_PER_WORKER
 
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
@@ -53,6 +54,19 @@ class Pool:
                 raise DataError(_KILLED_MESSAGE) from error
             pending.extend(self._submit(function, task) for task in itertools.islice(iterator, 1))
             yield result
+
+    def read(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        """The same for a function that reads files and leaves Python alone meanwhile."""
+        return self.map(function, tasks)
+
+
+class _LocalPool(Pool):
+    """A pool of this machine."""
+
+    def read(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        """Threads, which read while processes are still starting."""
+        with concurrent.futures.ThreadPoolExecutor(self._num_workers) as threads:
+            yield from threads.map(function, tasks)
 
 
 _KILLED_MESSAGE = (
@@ -81,10 +95,10 @@ def pool(workers: int, dask_scheduler: str | None = None) -> Iterator[Pool]:
         with _dask_pool(dask_scheduler) as cluster:
             yield cluster
     elif workers == 1:
-        yield Pool(None, 1)
+        yield _LocalPool(None, 1)
     else:
         with _processes(workers) as executor:
-            yield Pool(functools.partial(_submit, executor), workers)
+            yield _LocalPool(functools.partial(_submit, executor), workers)
 
 
 def ordered_map(
@@ -107,6 +121,8 @@ def _processes(workers: int) -> Iterator[concurrent.futures.ProcessPoolExecutor]
     )
     others = set(multiprocessing.active_children())
     try:
+        for _ in range(workers):  # they start while the parent looks at its input
+            _submit(executor, str, "")
         yield executor
     except BaseException:
         # Nobody wants the results of the tasks that are under way any more.

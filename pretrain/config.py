@@ -305,6 +305,19 @@ def batch_sizes(ds: Mapping[str, Any], world_size: int) -> BatchSizes:
     return BatchSizes(global_samples=total, micro_samples=micro, accumulation_steps=accumulation)
 
 
+def with_micro_batch(
+    config: PretrainConfig, micro_samples: int, global_samples: int
+) -> PretrainConfig:
+    """The same experiment in other micro-batches; accumulation follows."""
+    ds = {
+        **config.deepspeed,
+        "train_batch_size": global_samples,
+        "train_micro_batch_size_per_gpu": micro_samples,
+    }
+    ds.pop("gradient_accumulation_steps", None)
+    return dataclasses.replace(config, deepspeed=ds)
+
+
 def total_steps(run: RunConfig, num_rows: int, global_samples: int) -> int:
     """The optimizer steps of the whole run: the schedule's horizon.
 
@@ -341,6 +354,7 @@ _FREE = (
     "comms_logger",
     "bert.tracking",
     "bert.data",
+    "bert.kernels",
     "bert.run.logging_steps",
     "bert.run.save_steps",
     "bert.run.eval_steps",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pretrain import config as pretrain_config
-from pretrain import loop, report
+from pretrain import loop, memory, report
 from pretrain import state as run_state
 from pretrain.config import BatchSizes, PretrainConfig
 from pretrain.data import StepLoader, evaluation_batches, fingerprint
@@ -28,6 +28,7 @@ from zerobert.shards import ShardInfo, find_shards, shard_lower_case, shard_voca
 from zerobert.tokenizer import WordPieceTokenizer
 from zerobert.tracking import open_tracker, read_status, write_status
 
+_WEIGHT_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Without gradients several micro-batches fit where one did.
 _EVAL_MICRO_BATCHES = 4
 
@@ -52,30 +53,41 @@ class Experiment:
             self.folder.model, shard.seq_length, shard.max_predictions
         )
 
-    def facts(self) -> dict[str, str]:
-        """The size of the undertaking, for `--dry_run` and the first lines of a run."""
+    @property
+    def parameters(self) -> int:
+        """The number of the model's values."""
         with torch.device("meta"):
-            parameters = num_parameters(BertForPreTraining(self.folder.model, nsp=self.nsp))
+            return num_parameters(BertForPreTraining(self.folder.model, nsp=self.nsp))
+
+    @property
+    def state_bytes(self) -> float:
+        """What weights, gradients and optimizer hold on each rank.
+
+        Weights and gradients in the precision of the forward pass, fp32 masters beside 16 bits, and
+        two fp32 moments; the last two are sharded from stage 1 on, gradients from stage 2.
+        """
         stage = self.config.deepspeed.get("zero_optimization", {}).get("stage", 0)
-        low = engine.precision(self.config.deepspeed)
-        # Weights and gradients in the precision of the forward pass, fp32 masters beside 16 bits,
-        # and two fp32 moments; the last two are sharded from stage 1 on, gradients from stage 2.
-        width = 4 if low == "fp32" else 2
+        width = 4 if engine.precision(self.config.deepspeed) == "fp32" else 2
         sharded = 8 + (4 if width == 2 else 0) + (width if stage >= 2 else 0)
         kept = width + (0 if stage >= 2 else width)
+        return self.parameters * (kept + sharded / (distributed.world_size() if stage else 1))
+
+    def facts(self) -> dict[str, str]:
+        """The size of the undertaking, for `--dry_run` and the first lines of a run."""
+        stage = self.config.deepspeed.get("zero_optimization", {}).get("stage", 0)
+        low = engine.precision(self.config.deepspeed)
         ranks = distributed.world_size()
-        state_bytes = parameters * (kept + sharded / (ranks if stage else 1))
         rows = sum(shard.num_rows for shard in self.training)
         flops = self.flops_per_sequence * self.sizes.global_samples
         return {
-            "parameters": f"{parameters:,}",
+            "parameters": f"{self.parameters:,}",
             "processes": str(ranks),
             "batch": f"{self.sizes.global_samples} sequences = {self.sizes.micro_samples} x "
             f"{self.sizes.accumulation_steps} micro-steps x {ranks} processes",
             "steps": f"{self.steps:,} = {self.steps * self.sizes.global_samples / rows:.2f} epochs "
             f"of {rows:,} sequences",
-            "weights, gradients and optimizer": f"{state_bytes / 2**30:.2f} GiB a process, ZeRO "
-            f"stage {stage}, {low}",
+            "weights, gradients and optimizer": f"{self.state_bytes / 2**30:.2f} GiB a process, "
+            f"ZeRO stage {stage}, {low}",
             "FLOPs a step": f"{flops:.3g}",
         }
 
@@ -87,14 +99,20 @@ def set_threads() -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
 
 
-def prepare(args: argparse.Namespace) -> Experiment:
+def prepare(args: argparse.Namespace, *, micro_samples: int | None = None) -> Experiment:
     """Read the configuration and look at the data; nothing is written.
+
+    Args:
+        micro_samples: the micro-batch, whatever the configuration says.
 
     Raises:
         ZerobertError: what the user can mend, each with a line that says how.
     """
     config = pretrain_config.resolve(args)
     sizes = pretrain_config.batch_sizes(config.deepspeed, distributed.world_size())
+    if micro_samples is not None:
+        config = pretrain_config.with_micro_batch(config, micro_samples, sizes.global_samples)
+        sizes = pretrain_config.batch_sizes(config.deepspeed, distributed.world_size())
     folders = [Path(folder) for folder in config.bert.data.input_dir]
     training = _training_shards(folders, args)
     eval_dir = config.bert.data.eval_dir
@@ -114,7 +132,7 @@ def prepare(args: argparse.Namespace) -> Experiment:
     output_dir = Path(args.output_dir or Path("runs") / config.name)
     if any(output_dir.resolve() == folder.resolve() for folder in folders):
         raise ConfigError(f"--output_dir {output_dir} holds the shards; choose another folder")
-    data = fingerprint(training)
+    data, nsp = fingerprint(training), _has_nsp(config, training)
     steps = pretrain_config.total_steps(config.bert.run, data["rows"], sizes.global_samples)
     resolved = pretrain_config.resolved_json(config, model)
     return Experiment(
@@ -128,7 +146,7 @@ def prepare(args: argparse.Namespace) -> Experiment:
                 resolved,
                 steps=steps,
                 sizes=sizes,
-                data={**data, "vocab_sha256": tokenizer.sha256},
+                data={**data, "vocab_sha256": tokenizer.sha256, "nsp": nsp},
             ),
             inputs=inputs,
             keep_states=config.bert.run.keep_states,
@@ -137,7 +155,32 @@ def prepare(args: argparse.Namespace) -> Experiment:
         steps=steps,
         training=tuple(training),
         held_out=tuple(held_out),
-        nsp=_has_nsp(config, training),
+        nsp=nsp,
+    )
+
+
+def fitting_micro_batch(run: Experiment, args: argparse.Namespace) -> int:
+    """The largest micro-batch that this rank has memory for; a run that goes on keeps its own.
+
+    Raises:
+        ConfigError: not even one sequence fits.
+    """
+    rank_samples = run.sizes.global_samples // distributed.world_size()
+    if args.resume != "never":
+        kept = run_state.micro_batch_of(run.folder.path)
+        if kept is not None and rank_samples % kept == 0:
+            return kept
+    shard, low = run.training[0], engine.precision(run.config.deepspeed)
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    return memory.largest_micro_batch(
+        memory.builder(
+            run.folder.model, run.config.bert.kernels, nsp=run.nsp, dtype=_WEIGHT_TYPES[low]
+        ),
+        seq_length=shard.seq_length,
+        max_predictions=shard.max_predictions,
+        rank_samples=rank_samples,
+        state_bytes=run.state_bytes,
+        device=device,
     )
 
 

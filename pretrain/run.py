@@ -50,6 +50,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--tracker", action="append", choices=("none", "wandb"), help="repeatable (default: none)")
     add("--eval_steps", type=int, metavar="N", help="0: only at the end")
     add("--eval_rows", type=int, metavar="N", help="held-out rows on the way; 0: all (10000)")
+    add(
+        "--auto_micro_batch",
+        action="store_true",
+        help="the largest micro-batch that memory allows; the global batch stays",
+    )
     add("--profile", action="store_true", help="trace a few steps into trace.json")
     add("--dry_run", action="store_true", help="print what would run, and stop")
     paddle = parser.add_argument_group("flags that PaddleNLP's run_pretrain.py has too")
@@ -96,6 +101,12 @@ def _train(args: argparse.Namespace, stop: StopRequest) -> int:
     engine.init_distributed()
     with distributed.one_voice():
         run = experiment.prepare(args)
+    if args.auto_micro_batch:
+        with distributed.one_voice():
+            fitting = experiment.fitting_micro_batch(run, args)
+        agreed = distributed.all_reduce_min(fitting)
+        with distributed.one_voice():
+            run = experiment.prepare(args, micro_samples=agreed)
     if args.dry_run:
         if distributed.is_main():
             _print_plan(run)

@@ -172,6 +172,15 @@ def saved_step(folder: Path) -> int:
     return int(manifest.read_manifest(folder).config["step"])
 
 
+def micro_batch_of(path: Path) -> int | None:
+    """The micro-batch of the run that lies in a folder; None where none has been saved."""
+    newest = next(iter(_states(path)), None)
+    if newest is None:
+        return None
+    identity = manifest.read_manifest(newest).config["identity"]
+    return int(identity["train_micro_batch_size_per_gpu"])
+
+
 def check_resumable(folder: Path, run: RunFolder) -> None:
     """Hold a state against the run that is to go on from it.
 

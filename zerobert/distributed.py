@@ -55,6 +55,15 @@ def all_reduce_sum(values: Sequence[float]) -> list[float]:
     return [float(value) for value in total.tolist()]
 
 
+def all_reduce_min(value: int) -> int:
+    """The least of all processes' values."""
+    if world_size() == 1:
+        return value
+    least = torch.tensor(value)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=_cpu_group())
+    return int(least)
+
+
 def broadcast_object(value: Any) -> Any:
     """Rank 0's value, on every process."""
     if world_size() == 1:

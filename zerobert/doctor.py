@@ -26,6 +26,18 @@ _OPTIONAL = {
     "datasets": ("fine-tuning on data from the hub", "pip install datasets"),
     "transformers": ("the tests that compare with Hugging Face", "pip install transformers"),
 }
+# What makes a GPU faster; without it torch's own kernels serve.
+_ON_GPU = {
+    "flash-attn": (
+        "attention without padding",
+        "pip install flash-attn --no-build-isolation",
+    ),
+    "apex": (
+        "its layer norm; built from NVIDIA's source with nvcc, not from PyPI",
+        "git clone https://github.com/NVIDIA/apex && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 "
+        "pip install -v --no-build-isolation ./apex",
+    ),
+}
 
 
 def package_version(name: str) -> str | None:
@@ -51,11 +63,18 @@ def machine() -> list[tuple[str, str]]:
     return [*rows, ("free disk here", f"{free:.0f} GiB")]
 
 
-def advice(find_version: Callable[[str], str | None] = package_version) -> list[str]:
-    """One line for each thing that is missing or that is not what it seems."""
+def advice(
+    find_version: Callable[[str], str | None] = package_version, *, has_gpu: bool | None = None
+) -> list[str]:
+    """One line for each thing that is missing or that is not what it seems.
+
+    Args:
+        has_gpu: whether what speeds up GPUs is of use; by default what torch finds.
+    """
+    is_served = torch.cuda.is_available() if has_gpu is None else has_gpu
     lines = [
         f"{name} is not installed (only for {purpose}): {command}"
-        for name, (purpose, command) in _OPTIONAL.items()
+        for name, (purpose, command) in {**_OPTIONAL, **(_ON_GPU if is_served else {})}.items()
         if find_version(name) is None
     ]
     if find_version("apex") is not None and not _is_nvidia_apex():

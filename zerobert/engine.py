@@ -32,7 +32,7 @@ _SECTIONS = (
     "checkpoint",
     "optimizer",
 )
-_UNSERVED = ("activation_checkpointing", "autotuning", "compile", "data_efficiency")
+_UNSERVED = ("autotuning", "compile", "data_efficiency")
 _BFLOAT16_NAMES = ("bfloat16", "bf16", "torch.bfloat16")
 
 # DeepSpeed's top-level keys for training. It accepts others in silence, misspelt ones too.
@@ -172,6 +172,11 @@ def _check_types(ds_config: Mapping[str, Any]) -> None:
     if name := _find_auto(ds_config, ""):
         raise ConfigError(
             f'{name} is "auto", which only the Trainer of Hugging Face fills in; give a value'
+        )
+    if "activation_checkpointing" in ds_config:
+        raise ConfigError(
+            "activation_checkpointing: DeepSpeed's section would do nothing here; set "
+            '"bert": {"kernels": {"activation_checkpointing": true}} instead'
         )
     for name in _UNSERVED:
         if name in ds_config:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from zerobert.shards import write_shard
@@ -352,6 +353,61 @@ def test_bert_base_starts_and_says_what_makes_shards(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "no training shards" in done.stderr
     assert "launch.sh prep shards" in done.stderr
+
+
+def _varied(folder: Path, **sections: dict[str, Any]) -> Path:
+    """The experiment with sections of `bert` changed, as a JSON of its own."""
+    bert = {**EXPERIMENT["bert"]}
+    for name, changes in sections.items():
+        bert[name] = {**bert.get(name, {}), **changes}
+    path = folder / "varied.json"
+    path.write_text(json.dumps({**EXPERIMENT, "bert": bert}))
+    return path
+
+
+def test_masked_words_alone_with_every_kernel(data: Path, tmp_path: Path) -> None:
+    kernels = {
+        "attention": "sdpa",
+        "cross_entropy": "chunked",
+        "activation_checkpointing": True,
+        "packing": False,
+    }
+    path = _varied(tmp_path, data={"nsp": False}, kernels=kernels, run={"max_steps": 4})
+    command = _command(data, tmp_path / "out", "--deepspeed_config", str(path))
+    done = _run(command)
+    assert done.returncode == 0, done.stderr
+    assert "asked for in the configuration" in done.stdout
+    metrics = [line for line in _metrics(tmp_path / "out") if "train/mlm_loss" in line]
+    assert all(line["train/nsp_loss"] is None for line in metrics)
+    assert "nsp_accuracy" not in done.stdout
+    model = transformers.BertForMaskedLM.from_pretrained(
+        tmp_path / "out" / "model_4", output_loading_info=True
+    )
+    assert not any(model[1][key] for key in ("missing_keys", "unexpected_keys"))
+
+
+def test_a_pre_norm_model_trains_goes_on_and_is_not_taken_for_a_stock_bert(
+    data: Path, tmp_path: Path
+) -> None:
+    path = _varied(tmp_path, model={"layer_norm_position": "pre"}, run={"max_steps": 4})
+    out = tmp_path / "out"
+    done = _run(_command(data, out, "--deepspeed_config", str(path)))
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(ValueError, match="zerobert-pre-layer-norm"):
+        transformers.AutoModel.from_pretrained(out / "model_4")
+    more = _command(data, tmp_path / "more", "--deepspeed_config", str(path))
+    done = _run([*more, "--init_from", str(out / "model_4")])
+    assert done.returncode == 0, done.stderr
+
+
+def test_auto_micro_batch_keeps_the_global_batch_and_itself(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = _run(_command(data, out, "--auto_micro_batch", "--max_steps", "4"))
+    assert done.returncode == 0, done.stderr
+    assert "batch: 8 sequences = 8 x 1 micro-steps x 1 processes" in done.stdout
+    assert json.loads((out / "config.json").read_text())["train_micro_batch_size_per_gpu"] == 8
+    again = _run(_command(data, out, "--auto_micro_batch", "--max_steps", "4"))
+    assert again.returncode == 0, again.stderr
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(data: Path, tmp_path: Path) -> None:

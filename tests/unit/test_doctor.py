@@ -9,13 +9,17 @@ from zerobert import doctor
 
 
 def test_nothing_to_say_about_optional_packages_that_are_there() -> None:
-    lines = doctor.advice(lambda name: None if name == "apex" else "1.0")
+    lines = doctor.advice(lambda name: None if name == "apex" else "1.0", has_gpu=False)
     assert not [line for line in lines if "is not installed" in line or "apex" in line]
 
 
 def test_what_is_missing_comes_with_its_command() -> None:
     lines = doctor.advice(lambda name: None)
     assert [line for line in lines if line.endswith("pip install datasets")]
+    on_gpu = doctor.advice(lambda name: None, has_gpu=True)
+    assert [line for line in on_gpu if "pip install flash-attn" in line]
+    assert [line for line in on_gpu if "github.com/NVIDIA/apex" in line]
+    assert not [line for line in doctor.advice(lambda name: None, has_gpu=False) if "apex" in line]
 
 
 def test_an_apex_that_is_not_nvidias_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

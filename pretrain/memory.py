@@ -1,0 +1,140 @@
+"""The largest micro-batch that a device has memory for: `--auto_micro_batch`.
+
+Two small micro-batches are run forward and backward, and what a sequence takes is the difference
+between them.
+"""
+
+import gc
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from zerobert.config import BertConfig
+from zerobert.errors import ConfigError
+from zerobert.kernels import Kernels
+from zerobert.model import BertForPreTraining, PretrainingLosses
+
+# Allocators round up and fragment; communication and libraries want some too.
+_USABLE = 0.9
+_PROBES = (2, 4)
+
+
+def largest_micro_batch(
+    build: Callable[[], BertForPreTraining],
+    *,
+    seq_length: int,
+    max_predictions: int,
+    rank_samples: int,
+    state_bytes: float,
+    device: torch.device,
+) -> int:
+    """The largest divisor of a rank's share of the global batch that fits.
+
+    Args:
+        build: makes the model in the precision that it trains in, on the CPU.
+        state_bytes: what weights, gradients and optimizer will hold.
+
+    Raises:
+        ConfigError: not even one sequence fits.
+    """
+    model = build().to(device).train()
+    low, high = (
+        _step_bytes(model, probe, seq_length=seq_length, max_predictions=max_predictions)
+        for probe in _PROBES
+    )
+    del model
+    release(device)
+    each = max(high - low, 1) / (_PROBES[1] - _PROBES[0])
+    fixed = max(low - _PROBES[0] * each, 0)
+    room = _USABLE * free_bytes(device) - state_bytes - fixed
+    divisors = [size for size in range(1, rank_samples + 1) if rank_samples % size == 0]
+    fitting = [size for size in divisors if size * each <= room]
+    if not fitting:
+        raise ConfigError(
+            f"--auto_micro_batch: a sequence takes {each / 2**20:.0f} MiB beside "
+            f"{state_bytes / 2**30:.1f} GiB of weights, gradients and optimizer, which is more "
+            f"than the {free_bytes(device) / 2**30:.1f} GiB there are; try "
+            '"kernels": {"activation_checkpointing": true}, a higher ZeRO stage or shorter rows'
+        )
+    return fitting[-1]
+
+
+def _step_bytes(
+    model: BertForPreTraining, num_rows: int, *, seq_length: int, max_predictions: int
+) -> int:
+    """The most that a forward and backward pass holds, beside the weights and their gradients."""
+    device = next(model.parameters()).device
+    batch = full_batch(num_rows, seq_length, max_predictions, model.config.vocab_size)
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    if device.type == "cuda":
+        release(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        _forward(model, batch).backward()  # type: ignore[no-untyped-call]
+        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        peak = torch.cuda.max_memory_allocated(device) - before - gradients
+        model.zero_grad(set_to_none=True)
+        return max(peak, 0)
+    saved: dict[int, int] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        _forward(model, batch)
+    return sum(saved.values())
+
+
+def _forward(model: BertForPreTraining, batch: dict[str, Tensor]) -> Tensor:
+    losses: PretrainingLosses = model(**batch)
+    return losses.mlm_loss_sum + losses.nsp_loss_sum
+
+
+def full_batch(
+    num_rows: int, seq_length: int, max_predictions: int, vocab_size: int
+) -> dict[str, Tensor]:
+    """Rows without padding: the largest that there can be."""
+    ids = torch.randint(1, vocab_size, (num_rows, seq_length))
+    positions = torch.arange(1, max_predictions + 1).expand(num_rows, -1)
+    return {
+        "input_ids": ids,
+        "input_mask": torch.ones_like(ids),
+        "segment_ids": torch.zeros_like(ids),
+        "masked_lm_positions": positions,
+        "masked_lm_ids": ids[:, :max_predictions],
+        "next_sentence_labels": torch.zeros(num_rows, dtype=torch.int64),
+    }
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that a rank may take: the device's, or its share of this machine's."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        (available,) = (line for line in lines if line.startswith("MemAvailable:"))
+        return float(available.split()[1]) * 1024 / ranks
+    except (OSError, ValueError):
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) / ranks
+
+
+def release(device: torch.device) -> None:
+    """Give back what no tensor holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def builder(
+    config: BertConfig, kernels: Kernels, *, nsp: bool, dtype: torch.dtype
+) -> Callable[[], BertForPreTraining]:
+    """What makes the model to probe."""
+    return lambda: BertForPreTraining(config, kernels, nsp=nsp).to(dtype)
