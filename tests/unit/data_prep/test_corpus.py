@@ -3,7 +3,7 @@ import collections
 import gzip
 import json
 import lzma
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,8 +14,14 @@ import zstandard
 from data_prep import corpus
 from data_prep.config import DocumentBreak, Format, TextConfig
 from data_prep.prose import Document, paragraphs
-from data_prep.sources import Source, local_source
+from data_prep.sources import Source, local_source, opened
 from zerobert.errors import DataError
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    source = local_source(path)
+    with opened(source) as file:
+        yield from corpus._lines(file, source.name)
 
 
 def read(
@@ -81,27 +87,27 @@ def test_text_is_read_through_any_compression(
     raw = "\ufeffOne é.\n\nTwo.\n".encode()
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(pack(raw))
-    assert list(corpus.read_lines(path)) == ["One é.\n", "\n", "Two.\n"]
+    assert list(read_lines(path)) == ["One é.\n", "\n", "Two.\n"]
     assert read(path) == [Document(text="One é.\n\nTwo.\n", form="plain")]
     if suffix:
         path.write_bytes(pack(raw * 100)[:-10])
         with pytest.raises(DataError, match=r"a\.txt.* is cut short or damaged"):
-            list(corpus.read_lines(path))
+            list(read_lines(path))
 
 
 def test_what_is_not_text_is_refused_with_its_place(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"good\nb\xffd\n")
     with pytest.raises(DataError, match=r"a\.txt is not UTF-8 text: invalid start byte at byte 6"):
-        list(corpus.read_lines(path))
+        list(read_lines(path))
     path.write_bytes(b"good\nb\0d\n")
     with pytest.raises(DataError, match=r"a\.txt is not text: a NUL at byte 6"):
-        list(corpus.read_lines(path))
+        list(read_lines(path))
     path.write_bytes(b"line\n" * 500_000 + b"b\xffd\n")
     with pytest.raises(DataError, match="invalid start byte at byte 2500001"):
-        list(corpus.read_lines(path))
+        list(read_lines(path))
     with pytest.raises(DataError, match="can't be read: Is a directory"):
-        list(corpus.read_lines(tmp_path))
+        list(read_lines(tmp_path))
 
 
 def test_json_lines_are_one_document_each(tmp_path: Path) -> None:

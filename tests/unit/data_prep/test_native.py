@@ -149,11 +149,12 @@ def test_without_a_compiler_the_user_is_told_once_and_gets_the_same(
 def test_workers_do_not_tell_it_again(cache: Path, tmp_path: Path) -> None:
     code = """
 from data_prep import native
-from data_prep.parallel import ordered_map
+from data_prep.parallel import pool
 from tests.unit.data_prep.test_native import ask
 if __name__ == "__main__":
     native.is_available()
-    print(list(ordered_map(ask, range(4), workers=2)))
+    with pool(2) as workers:
+        print(list(workers.map(ask, range(4))))
 """
     script = tmp_path / "script.py"
     script.write_text(code)

@@ -2,13 +2,19 @@ import itertools
 import multiprocessing
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pytest
 
 from data_prep import parallel
-from data_prep.parallel import ordered_map, pool
+from data_prep.parallel import pool
 from zerobert.errors import ConfigError, DataError
+
+
+def ordered_map(function: Any, tasks: Iterable[Any], *, workers: int) -> Iterator[Any]:
+    with pool(workers) as started:
+        yield from started.map(function, tasks)
 
 
 def square(number: int) -> int:
