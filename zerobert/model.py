@@ -95,14 +95,14 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_XH: Tensor, layout: Layout, ops: Ops) -> Tensor:
         dropout_p = self.dropout_p if self.training else 0.0
-        q_XND, k_XND, v_XND = self._projected(x_XH)
+        q_XND, k_XND, v_XND = self._projected(x_XH, is_fused=ops.fuses_projections)
         return ops.attend(q_XND, k_XND, v_XND, layout, dropout_p).flatten(-2)
 
-    def _projected(self, x_XH: Tensor) -> tuple[Tensor, ...]:
+    def _projected(self, x_XH: Tensor, *, is_fused: bool) -> tuple[Tensor, ...]:
         """Queries, keys and values, each XND."""
         parts = (self.query, self.key, self.value)
         heads = (*x_XH.shape[:-1], self.num_heads, -1)
-        if x_XH.device.type == "cpu":  # where one product for all three is the slower one
+        if not is_fused:
             return tuple(part(x_XH).view(heads) for part in parts)
         # The parameters stay apart: so they are in checkpoints, and so trust ratios are theirs.
         weight_3HxH = torch.cat([part.weight for part in parts])

@@ -189,11 +189,12 @@ def _losses_and_gradients(
     [
         Kernels(attention="plain"),
         Kernels(attention="sdpa"),
+        Kernels(projections="fused"),
         Kernels(cross_entropy="chunked"),
         Kernels(activation_checkpointing=True),
         Kernels(packing=False),
     ],
-    ids=["plain attention", "sdpa", "chunked", "checkpointed", "padded"],
+    ids=["plain attention", "sdpa", "fused projections", "chunked", "checkpointed", "padded"],
 )
 def test_no_kernel_changes_losses_or_gradients(kernels: Kernels, position: str) -> None:
     batch = _batch()

@@ -30,6 +30,7 @@ class Kernels:
     """
 
     attention: Literal["auto", "plain", "sdpa", "flash", "varlen"] = "auto"
+    projections: Literal["auto", "separate", "fused"] = "auto"
     layer_norm: Literal["auto", "torch", "apex"] = "auto"
     cross_entropy: Literal["auto", "plain", "chunked"] = "auto"
     packing: bool = True
@@ -60,6 +61,7 @@ def choose(
     """
     choices = [
         _attention(kernels, device, dtype, dropout_p),
+        _projections(kernels, device),
         _layer_norm(kernels, device),
         _dropout(device),
         _cross_entropy(kernels, device, dtype),
@@ -87,6 +89,7 @@ class Ops(NamedTuple):
     """The implementations that a model calls."""
 
     attend: attention.Attention
+    fuses_projections: bool
     normalize: layer_norm.LayerNorm
     cross_entropy: cross_entropy.LinearCrossEntropy
 
@@ -97,6 +100,7 @@ def select(kernels: Kernels, device: torch.device, dtype: torch.dtype, *, dropou
     chosen = choose(kernels, device, dtype, dropout_p=dropout_p)
     return Ops(
         attention.IMPLEMENTATIONS[chosen["attention"].chosen],
+        chosen["projections"].chosen == "fused",
         layer_norm.IMPLEMENTATIONS[chosen["layer norm"].chosen],
         cross_entropy.IMPLEMENTATIONS[chosen["cross entropy"].chosen],
     )
@@ -151,6 +155,16 @@ def _packed_refusal(
     if name == "varlen" and dropout_p > 0:
         return ConfigError(f"{where} has no dropout; set attention_probs_dropout_prob to 0")
     return None
+
+
+def _projections(kernels: Kernels, device: torch.device) -> Choice:
+    """Of queries, keys and values: three products, or one of three times the width."""
+    if kernels.projections != "auto":
+        return Choice(op="projections", chosen=kernels.projections, reason=_ASKED)
+    if device.type == "cpu":
+        reason = "a wider product is no faster on CPU"
+        return Choice(op="projections", chosen="separate", reason=reason)
+    return Choice(op="projections", chosen="fused", reason="one kernel instead of three")
 
 
 def _layer_norm(kernels: Kernels, device: torch.device) -> Choice:

@@ -18,6 +18,7 @@ def test_on_cpu() -> None:
     training = chosen(Kernels(), CPU, torch.float32, 0.1)
     assert training == {
         "attention": "plain",
+        "projections": "separate",
         "layer norm": "torch",
         "dropout": "words",
         "cross entropy": "plain",
@@ -37,6 +38,7 @@ def test_on_cuda_it_depends_on_what_is_installed(monkeypatch: pytest.MonkeyPatch
     assert "pip install flash-attn" in found["attention"].reason
     assert "no dropout" in found["attention"].reason
     assert found["cross entropy"].chosen == "chunked"
+    assert found["projections"].chosen == "fused"
     assert chosen(Kernels(), CUDA, torch.float16, 0.1)["cross entropy"] == "plain"
     assert chosen(Kernels(), CUDA, torch.bfloat16, 0.0)["attention"] == "varlen"
     monkeypatch.setattr(attention, "FLASH_KERNEL", object())
