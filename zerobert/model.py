@@ -11,6 +11,7 @@ I intermediate, P predictions, R masked positions, V vocabulary, C classes. Sour
 architecture: Devlin et al. 2018 (arXiv:1810.04805).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,7 +24,7 @@ from zerobert.config import BertConfig
 from zerobert.kernels import Kernels, Ops, dropout
 from zerobert.kernels.attention import Layout, Packing
 from zerobert.kernels.cross_entropy import IGNORED_LABEL
-from zerobert.packing import pack
+from zerobert.packing import NUM_SHAPES, pack
 
 # Matrix products are at full speed where every side is a multiple of this.
 _VOCAB_MULTIPLE = 8
@@ -167,17 +168,27 @@ class Encoder(nn.Module):
         self.is_checkpointed = kernels.activation_checkpointing
         if config.layer_norm_position == "pre":
             self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        if kernels.compile:
-            for layer in self.layer:
-                layer.compile(dynamic=False, fullgraph=True)
+        # For training alone: the batches of evaluation have many shapes, and few steps.
+        self.compiled = [_compiled(layer) for layer in self.layer] if kernels.compile else None
 
     def forward(self, x_XH: Tensor, layout: Layout, ops: Ops) -> Tensor:
-        for layer in self.layer:
+        for run in self.compiled if self.compiled and self.training else self.layer:
             if self.is_checkpointed and self.training:
-                x_XH = checkpoint(layer, x_XH, layout, ops, use_reentrant=False)
+                x_XH = checkpoint(run, x_XH, layout, ops, use_reentrant=False)
             else:
-                x_XH = layer(x_XH, layout, ops)
+                x_XH = run(x_XH, layout, ops)
         return ops.normalize(x_XH, self.LayerNorm) if hasattr(self, "LayerNorm") else x_XH
+
+
+def _compiled(layer: nn.Module) -> Callable[[Tensor, Layout, Ops], Tensor]:
+    """A layer through torch.compile, for as many shapes as packing gives; all layers share them."""
+    from torch._dynamo import config  # here: to load the compiler takes seconds
+
+    config.recompile_limit = max(config.recompile_limit, 2 * NUM_SHAPES)
+    compiled: Callable[[Tensor, Layout, Ops], Tensor] = torch.compile(
+        layer.forward, dynamic=False, fullgraph=True
+    )
+    return compiled
 
 
 class Encoded(NamedTuple):

@@ -10,7 +10,7 @@ from zerobert.kernels.attention import Packing
 
 # The number of packed tokens is a multiple of the batch's places by this: few shapes, so that
 # compiled code is made for few.
-_NUM_SHAPES = 32
+NUM_SHAPES = 32
 
 
 def pack(input_mask_BS: Tensor) -> Packing:
@@ -21,7 +21,7 @@ def pack(input_mask_BS: Tensor) -> Packing:
     """
     lengths_B = input_mask_BS.sum(1, dtype=torch.int32)
     num_tokens, num_places = int(lengths_B.sum()), input_mask_BS.numel()
-    unit = max(1, num_places // _NUM_SHAPES)
+    unit = max(1, num_places // NUM_SHAPES)
     num_packed = min(num_places, -(-num_tokens // unit) * unit)
     is_token = input_mask_BS.flatten().bool()
     padding = (~is_token).nonzero().flatten()[: num_packed - num_tokens]

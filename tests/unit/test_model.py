@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from zerobert.config import BertConfig
 from zerobert.kernels import Kernels
@@ -17,7 +18,7 @@ from zerobert.model import (
     num_parameters,
     training_flops_per_sequence,
 )
-from zerobert.packing import pack
+from zerobert.packing import NUM_SHAPES, pack
 
 KINDS = ("weight", "bias")
 
@@ -284,8 +285,12 @@ def test_compiled_layers_compute_the_same_without_a_graph_break() -> None:
         pytest.skip("torch.compile needs g++ here")
     batch = _batch()
     wanted = _losses_and_gradients(Kernels(), batch)
+    before = counters["stats"]["unique_graphs"]
     got = _losses_and_gradients(Kernels(compile=True), batch)  # fullgraph: a break is an error
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    # All layers share what is compiled for a shape, and there is room for every shape.
+    assert counters["stats"]["unique_graphs"] - before == 1
+    assert torch._dynamo.config.recompile_limit >= NUM_SHAPES
 
 
 def test_base_has_the_published_size() -> None:
