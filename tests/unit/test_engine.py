@@ -138,7 +138,7 @@ def test_a_section_of_the_wrong_kind_is_named(config: dict[str, Any], words: str
         ({"gradient_clipping": -1}, "gradient_clipping: wanted a number from 0 on"),
         (
             {"activation_checkpointing": {}},
-            r"activation_checkpointing: .* \"kernels\": \{\"activation_checkpointing\": true",
+            "activation_checkpointing: DeepSpeed's section would do nothing here",
         ),
     ],
 )
