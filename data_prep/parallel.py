@@ -136,6 +136,8 @@ def _submit(
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return executor.submit(function, task)
+    except BrokenProcessPool as error:  # a worker died since the last result came
+        raise DataError(_KILLED_MESSAGE) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import pytest
@@ -62,6 +63,15 @@ def test_a_killed_worker_is_named() -> None:
     with pytest.raises(DataError, match=r"a worker process was killed, .* lower --workers"):
         list(ordered_map(die, range(4), workers=2))
     assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_dies_between_results_is_named_too() -> None:
+    class Broken:
+        def submit(self, *_: object) -> None:
+            raise BrokenProcessPool("gone")
+
+    with pytest.raises(DataError, match="a worker process was killed"):
+        parallel._submit(Broken(), square, 1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
