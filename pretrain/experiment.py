@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +54,7 @@ class Experiment:
             self.folder.model, shard.seq_length, shard.max_predictions
         )
 
-    @property
+    @functools.cached_property
     def parameters(self) -> int:
         """The number of the model's values."""
         with torch.device("meta"):
