@@ -4,38 +4,46 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _TIMEOUT_S = 240
 
 
-def run_ranks(worker: Path, num_ranks: int, *args: str) -> None:
+def run_ranks(worker: Path, num_ranks: int, *args: str, timeout_s: float = _TIMEOUT_S) -> None:
     """Start the processes and wait for all; the first that fails fails the test with its stderr."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = []
-    for rank in range(num_ranks):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(num_ranks),
-            "LOCAL_WORLD_SIZE": str(num_ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(REPOSITORY),
-        }
-        command = [sys.executable, str(worker), *args]
-        processes.append(
-            subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        )
-    try:
-        results = [process.communicate(timeout=_TIMEOUT_S) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for rank, (process, (_, stderr)) in enumerate(zip(processes, results, strict=True)):
-        assert process.returncode == 0, f"rank {rank} exits with {process.returncode}:\n{stderr}"
+    with tempfile.TemporaryDirectory() as folder:
+        # Files, not pipes: a rank whose pipe is full would stop, and the others wait for it.
+        logs = [Path(folder, f"{rank}.log") for rank in range(num_ranks)]
+        processes = []
+        for rank, log in enumerate(logs):
+            environment = {
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(num_ranks),
+                "LOCAL_WORLD_SIZE": str(num_ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(REPOSITORY),
+            }
+            command = [sys.executable, str(worker), *args]
+            with log.open("w") as stderr:
+                processes.append(subprocess.Popen(command, env=environment, stderr=stderr))
+        deadline = time.monotonic() + timeout_s
+        try:
+            for process in processes:
+                process.wait(deadline - time.monotonic())
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        for rank, (process, log) in enumerate(zip(processes, logs, strict=True)):
+            code = process.returncode
+            assert code == 0, f"rank {rank} exits with {code}:\n{log.read_text()[-8000:]}"

@@ -15,7 +15,12 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param
+import torch.nn.functional as F
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_set_full_fp32_param,
+    safe_set_local_fp32_param,
+)
 from torch import Tensor, nn
 
 from zerobert import distributed
@@ -33,6 +38,16 @@ _SECTIONS = (
     "optimizer",
 )
 _UNSERVED = ("autotuning", "compile", "data_efficiency")
+# Parts of ZeRO that round what is sent, place shards in another way or replace the optimizer.
+_UNSERVED_ZERO = (
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
+    "zeropp_loco_param",
+    "zenflow",
+    "cpu_offload",
+    "cpu_offload_param",
+)
 _BFLOAT16_NAMES = ("bfloat16", "bf16", "torch.bfloat16")
 
 # DeepSpeed's top-level keys for training. It accepts others in silence, misspelt ones too.
@@ -111,6 +126,12 @@ def init_distributed() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
+def leave_distributed() -> None:
+    """Leave the process group; at the end of a script."""
+    if distributed.is_initialized():
+        dist.destroy_process_group()
+
+
 def precision(ds_config: Mapping[str, Any]) -> str:
     """`fp16`, `bf16` or `fp32`: what the weights of the forward pass are kept in."""
     for name in ("fp16", "bf16"):
@@ -128,22 +149,10 @@ def check_served(ds_config: Mapping[str, Any]) -> None:
     _check_types(ds_config)
     zero = ds_config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
-    low = precision(ds_config)
     autocast = ds_config.get("torch_autocast", {})
-    if stage == 0 and low == "fp16":
-        # The loss is never scaled there, yet step() divides the gradients by the scale.
-        raise ConfigError(
-            "fp16 at ZeRO stage 0 does not scale the loss in this DeepSpeed; "
-            "set zero_optimization.stage to 1 (it costs nothing on one device)"
-        )
-    if stage == 0 and low == "bf16":
-        # Initialisation takes a hidden optimizer step with zero gradients.
-        raise ConfigError(
-            "bf16 at ZeRO stage 0 takes a hidden optimizer step at the start in this DeepSpeed; "
-            "set zero_optimization.stage to 1 (it costs nothing on one device)"
-        )
     if autocast.get("enabled", False) and autocast.get("dtype") not in _BFLOAT16_NAMES:
-        # With gradient clipping at stage >= 1 the gradients are clipped while still scaled.
+        # At stage >= 1 the gradients are clipped while still scaled, an overflow never lowers the
+        # scale, and where it grows, groups after the first are unscaled by another one.
         raise ConfigError(
             "torch_autocast in float16 (its default) clips scaled gradients in this DeepSpeed; "
             'use the fp16 section, or torch_autocast with "dtype": "bfloat16"'
@@ -153,11 +162,13 @@ def check_served(ds_config: Mapping[str, Any]) -> None:
             "zero_optimization.round_robin_gradients exports wrong weights in this DeepSpeed; "
             "remove it"
         )
-    if stage not in (0, 1, 2):
-        raise ConfigError(f"ZeRO stage {stage} is not served yet; set zero_optimization.stage to 1")
-    for name in ("offload_optimizer", "offload_param", "cpu_offload"):
-        if zero.get(name) and zero[name] != {"device": "none"}:
-            raise ConfigError(f"zero_optimization.{name} is not served yet; remove it")
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"zero_optimization.stage: wanted 0, 1, 2 or 3, got {stage}")
+    for name in _UNSERVED_ZERO:
+        if zero.get(name):
+            raise ConfigError(f"zero_optimization.{name} is not served; remove it")
+    for name, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
+        _check_offload(zero.get(name) or {}, f"zero_optimization.{name}", stage, lowest)
     if "scheduler" in ds_config:
         raise ConfigError(
             'the "scheduler" section is not served; describe the schedule in bert.schedule '
@@ -165,6 +176,21 @@ def check_served(ds_config: Mapping[str, Any]) -> None:
         )
     if ds_config.get("checkpoint", {}).get("load_universal", False):
         raise ConfigError("checkpoint.load_universal is not served yet; remove it")
+
+
+def _check_offload(section: Any, where: str, stage: int, lowest_stage: int) -> None:
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{where}: wanted an object {{...}}, got {section!r}")
+    device = section.get("device", "none")
+    if device == "none":
+        return
+    if device != "cpu":
+        raise ConfigError(f'{where}.device: wanted "cpu" or "none", got {device!r}')
+    if stage < lowest_stage:
+        raise ConfigError(f"{where} needs zero_optimization.stage {lowest_stage} or more")
+    for name in ("ratio", "super_offload"):
+        if section.get(name, 1) not in (1, False):
+            raise ConfigError(f"{where}.{name} is not served; remove it")
 
 
 def _check_types(ds_config: Mapping[str, Any]) -> None:
@@ -232,15 +258,105 @@ class Engine:
         check_served(ds_config)
         check_device(ds_config)
         config = _completed(ds_config, optimizer)
+        self._stage = config.get("zero_optimization", {}).get("stage", 0)
+        self._precision = precision(config)
+        # At stage 3 a parameter's shape is gone once DeepSpeed has it.
+        self._rows = {name: len(tensor) for name, tensor in model.state_dict().items()}
+        exact = (
+            {name: p.detach().clone() for name, p in model.named_parameters()}
+            if self._is_16_bit
+            else {}
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # chatter of the libraries' start, none of it ours
             try:
                 self._engine, *_ = deepspeed.initialize(
                     model=model, optimizer=optimizer, config=config
                 )
-            except (AssertionError, ValueError) as error:
+            except (AssertionError, ValueError, NotImplementedError) as error:
                 raise ConfigError(f"DeepSpeed refuses the configuration: {error}") from error
+        self._scale_of_step = 1.0
         self._norm_before_step: Tensor | None = None
+        # DeepSpeed's wrapper for 16 bits at stage 0, which holds whole fp32 masters.
+        self._wrapper = self._engine.optimizer if self._is_16_bit and self._stage == 0 else None
+        if self._wrapper is not None:
+            self._undo_hidden_step()
+            self._accumulate_in(_grad_accum_dtype(ds_config))
+        if self._precision == "fp16":
+            self._grow_scale_after_step()
+        if self._is_16_bit:
+            self._set_masters(exact)
+
+    @property
+    def _is_16_bit(self) -> bool:
+        return self._precision != "fp32"
+
+    def _undo_hidden_step(self) -> None:
+        """Forget the step with gradients of zero that the wrapper takes as it starts: it counts,
+        and it decays the masters.
+        """
+        wrapper: Any = self._wrapper
+        wrapper.optimizer.state.clear()
+        wrapper.refresh_fp32_params()
+
+    def _accumulate_in(self, dtype: str | None) -> None:
+        """Add up the gradients of a step's micro-steps in fp32, where that is asked for."""
+        if dtype != "fp32" or self.accumulation_steps == 1:
+            return
+        for parameter in self.module.parameters():
+            if not hasattr(parameter, "grad_dtype"):
+                raise ConfigError(
+                    "ZeRO stage 0 in 16 bits adds up gradients in fp32 with torch 2.10 or newer "
+                    "only; set zero_optimization.stage to 1"
+                )
+            parameter.grad_dtype = torch.float32
+
+    def _grow_scale_after_step(self) -> None:
+        """Let the loss scale grow after the update: DeepSpeed lets it grow first, and then divides
+        the gradients by a scale that the loss was not multiplied by.
+        """
+        optimizer = self._engine.optimizer
+        self._update_scale = optimizer._update_scale
+
+        def at_once_if_overflow(has_overflow: bool) -> None:
+            if has_overflow:
+                self._update_scale(True)
+
+        optimizer._update_scale = at_once_if_overflow
+
+    @torch.no_grad()
+    def _set_masters(self, exact: Mapping[str, Tensor]) -> None:
+        """Start the fp32 masters from the model's own weights: DeepSpeed's are rounded to 16 bits
+        first.
+        """
+        masters = self._whole_masters()
+        for name, parameter in self.module.named_parameters():
+            if masters:
+                masters[parameter].copy_(exact[name])
+                continue
+            values = exact[name].float().to(self.device)
+            if self._stage == 3:  # DeepSpeed sets no whole one that its ranks can't share evenly
+                safe_set_local_fp32_param(parameter, self._share(values))
+            else:
+                safe_set_full_fp32_param(parameter, values)
+
+    @staticmethod
+    def _share(values: Tensor) -> Tensor:
+        """This rank's part at stage 3: all are of one length, the last may end in padding."""
+        length = -(-values.numel() // distributed.world_size())
+        padding = length * distributed.world_size() - values.numel()
+        return F.pad(values.flatten(), (0, padding))[length * distributed.rank() :][:length]
+
+    def _whole_masters(self) -> dict[nn.Parameter, Tensor]:
+        """The fp32 masters that are not sharded: at stage 0 in 16 bits."""
+        if self._wrapper is None:
+            return {}
+        groups = zip(self._wrapper.fp16_groups, self._wrapper.fp32_groups, strict=True)
+        return {
+            parameter: master
+            for parameters, masters in groups
+            for parameter, master in zip(parameters, masters, strict=True)
+        }
 
     @property
     def device(self) -> torch.device:
@@ -293,7 +409,9 @@ class Engine:
         undone here, because the loss is already a part of the global batch's mean.
         """
         shares = self.accumulation_steps * distributed.world_size()
-        self._engine.backward(loss * shares)
+        # The wrapper divides by a scale that DeepSpeed's backward never multiplies by.
+        scale = self.loss_scale if self._wrapper is not None else 1.0
+        self._engine.backward(loss * (shares * scale))
 
     @property
     def at_boundary(self) -> bool:
@@ -302,15 +420,19 @@ class Engine:
 
     def step(self, lr: float) -> None:
         """End a micro-step; after the last of a batch, update the weights at this learning rate."""
-        if self.at_boundary:
+        is_update = self.at_boundary
+        if is_update:
             for group in self._engine.optimizer.param_groups:
                 group["lr"] = lr
             self._norm_before_step = self._plain_grad_norm()
+            self._scale_of_step = self.loss_scale if self._wrapper is not None else 1.0
         self._engine.step()
+        if is_update and self._precision == "fp16" and not self._engine.optimizer.overflow:
+            self._update_scale(False)
 
     def _plain_grad_norm(self) -> Tensor | None:
         """The gradient norm where DeepSpeed keeps none: fp32 at stage 0."""
-        if self._engine.zero_optimization_stage() > 0:
+        if self._stage > 0 or self._is_16_bit:
             return None
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm: Tensor = torch.stack(torch._foreach_norm(gradients)).norm()
@@ -321,7 +443,7 @@ class Engine:
         """The last step's global gradient norm before clipping, without the loss scale."""
         if self._norm_before_step is not None:
             return float(self._norm_before_step)
-        return float(self._engine.get_global_grad_norm())
+        return float(self._engine.get_global_grad_norm()) / self._scale_of_step
 
     def full_state(self) -> dict[str, Tensor]:
         """The model's weights in fp32, from the optimizer's master copies; collective.
@@ -330,13 +452,16 @@ class Engine:
             Name -> CPU tensor, equal on every rank.
         """
         state = {}
-        masters = dict(self.module.named_parameters())
-        sharded = self._engine.zero_optimization_stage() > 0
-        for name, value in self.module.state_dict().items():
-            master = safe_get_full_fp32_param(masters[name]) if sharded else None
+        masters = self._whole_masters()
+        parameters = dict(self.module.named_parameters())
+        for name, num_rows in self._rows.items():
+            parameter = parameters[name]
+            if self._stage > 0:
+                master = safe_get_full_fp32_param(parameter)
+            else:
+                master = masters.get(parameter, parameter)
             # What the state dict leaves out at the end of a tensor is padding.
-            whole = value if master is None else master[: len(value)]
-            state[name] = whole.detach().float().cpu()
+            state[name] = master[:num_rows].detach().float().cpu()
         return state
 
     def save(self, folder: Path, client_state: Mapping[str, Any]) -> None:
@@ -374,21 +499,32 @@ class Engine:
         return dict(client_state)
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Let go of the model and the optimizer's state."""
         self._engine.destroy()
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def _completed(ds_config: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The configuration as DeepSpeed is to see it: with what the served combinations need."""
     config = {key: value for key, value in ds_config.items() if key != "optimizer"}
     config.setdefault("steps_per_print", 2**31)  # the training loop has its own log line
+    # Offloaded, an optimizer other than DeepSpeed's own (whose build takes a compiler and a minute)
+    # is refused by default for its speed; torch's fused AdamW has the same.
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
     if isinstance(optimizer, Lamb):
         # DeepSpeed doubts every optimizer but its own, with reason: a trust ratio of a flat shard
         # is wrong. Ours knows the parameters inside the shard.
         config["zero_allow_untested_optimizer"] = True
-    if precision(config) == "bf16":
-        # Else gradients of many micro-steps are added up in bf16's 8 bits.
-        config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+    if config.get("zero_optimization", {}).get("stage", 0) == 0:
+        config.pop("data_types", None)  # DeepSpeed knows one there: that of the weights
+    elif (dtype := _grad_accum_dtype(config)) is not None:
+        config["data_types"] = {**config.get("data_types", {}), "grad_accum_dtype": dtype}
     return config
+
+
+def _grad_accum_dtype(ds_config: Mapping[str, Any]) -> str | None:
+    """What gradients of many micro-steps are added up in, None for DeepSpeed's choice: in bf16 it
+    would be bf16, whose 8 bits lose them.
+    """
+    default = "fp32" if precision(ds_config) == "bf16" else None
+    dtype: str | None = ds_config.get("data_types", {}).get("grad_accum_dtype", default)
+    return dtype

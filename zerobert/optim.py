@@ -80,15 +80,12 @@ class Lamb(torch.optim.Optimizer):
         self._parameters: dict[str, list[nn.Parameter]] = {
             group["name"]: list(group["params"]) for group in self.param_groups
         }
-        self._layouts: dict[str, zero.Layout] = {}
+        # Layouts by the tensors that they are of, which are kept so that no id is given out anew.
+        self._layouts: dict[tuple[int, ...], tuple[list[Tensor], zero.Layout]] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update every tensor that has a gradient; collective under ZeRO.
-
-        Raises:
-            ConfigError: the parameters are sharded in a way that can't be served exactly.
-        """
+        """Update every tensor that has a gradient; collective under ZeRO."""
         if closure is not None:
             raise ConfigError("Lamb.step takes no closure")
         for group in self.param_groups:
@@ -131,9 +128,10 @@ class Lamb(torch.optim.Optimizer):
         return direction
 
     def _layout(self, name: str, tensors: list[Tensor]) -> zero.Layout:
-        if name not in self._layouts:
-            self._layouts[name] = zero.locate(self._parameters[name], tensors)
-        return self._layouts[name]
+        key = tuple(map(id, tensors))
+        if key not in self._layouts:
+            self._layouts[key] = tensors, zero.locate(self._parameters[name], tensors)
+        return self._layouts[key][1]
 
 
 def trust_ratios(

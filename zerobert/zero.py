@@ -2,18 +2,18 @@
 
 ZeRO stages 1 and 2 (and DeepSpeed's BF16_Optimizer) lay the parameters of a group one after
 another into a flat buffer, cut it into equal shards, and hand each rank's optimizer one 1-D fp32
-tensor that knows nothing of the parameters inside. An optimizer that needs to know them (LAMB's
+tensor that knows nothing of the parameters inside. Stage 3 cuts each parameter, and lays a rank's
+parts of a sub-group one after another. An optimizer that needs to know the parameters (LAMB's
 trust ratio is per parameter) finds them here.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-from zerobert.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,22 +47,22 @@ def locate(parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> Lay
 
     Args:
         parameters: the model's own parameters, as the group was built from.
-        tensors: the group's tensors now: the same parameters, or ZeRO's flat shard of them.
-
-    Raises:
-        ConfigError: the parameters are sharded in a way that is not known here (ZeRO stage 3).
+        tensors: the group's tensors now: the same parameters, whole or as copies, or ZeRO's flat
+            shard of them, or of a part of them (a sub-group of stage 3).
     """
     if hasattr(parameters[0], "_z3_optimizer"):
-        raise ConfigError(
-            "LAMB does not serve ZeRO stage 3 yet; set zero_optimization.stage to 0, 1 or 2"
-        )
-    if not hasattr(parameters[0], "_dp_group"):
-        whole = [
-            (Segment(index=i, start=0, length=tensor.numel()),) for i, tensor in enumerate(tensors)
-        ]
-        return _layout(tensors, whole, len(tensors), None)
+        return _stage_3(parameters[0]._z3_optimizer, tensors)
+    if hasattr(parameters[0], "_dp_group"):
+        return _stages_1_and_2(parameters, tensors)
+    whole = [
+        (Segment(index=i, start=0, length=tensor.numel()),) for i, tensor in enumerate(tensors)
+    ]
+    return _layout(tensors, whole, len(tensors), None)
+
+
+def _stages_1_and_2(parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> Layout:
     (shard,) = tensors
-    process_group: dist.ProcessGroup = parameters[0]._dp_group
+    process_group: dist.ProcessGroup = parameters[0]._dp_group  # type: ignore[attr-defined]
     first = dist.get_rank(process_group) * shard.numel()
     segments = []
     for index, parameter in enumerate(parameters):
@@ -73,6 +73,26 @@ def locate(parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> Lay
         if start < end:
             segments.append(Segment(index=index, start=start - first, length=end - start))
     return _layout(tensors, [tuple(segments)], len(parameters), process_group)
+
+
+def _stage_3(optimizer: Any, tensors: Sequence[Tensor]) -> Layout:
+    """Every parameter is cut on its own, into parts of one length; the last may end in padding,
+    which is memory that nobody has written.
+    """
+    (shard,) = tensors
+    (number,) = (
+        i for i, flat in enumerate(optimizer.fp32_partitioned_groups_flat) if flat is shard
+    )
+    process_group: dist.ProcessGroup = optimizer.sub_group_process_groups[number]
+    rank = dist.get_rank(process_group)
+    segments, start = [], 0
+    for index, parameter in enumerate(optimizer.fp16_groups[number]):
+        share = parameter.partition_numel()
+        length = min(share, parameter.ds_numel - rank * share)
+        if length > 0:
+            segments.append(Segment(index=index, start=start, length=length))
+        start += share
+    return _layout(tensors, [tuple(segments)], len(optimizer.fp16_groups[number]), process_group)
 
 
 def _layout(
@@ -91,8 +111,17 @@ def _layout(
 
 
 def sum_over_ranks(values: Tensor, process_group: dist.ProcessGroup | None) -> None:
-    """Add up a tensor over the ranks that share a group, in place."""
-    if process_group is not None and dist.get_world_size(process_group) > 1:
+    """Add up a tensor over the ranks that share a group, in place.
+
+    An optimizer that is offloaded to the CPU has its norms there, where nccl can't add them up.
+    """
+    if process_group is None or dist.get_world_size(process_group) == 1:
+        return
+    if values.device.type == "cpu" and dist.get_backend(process_group) == "nccl":
+        on_device = values.cuda()
+        dist.all_reduce(on_device, group=process_group)
+        values.copy_(on_device)
+    else:
         dist.all_reduce(values, group=process_group)
 
 

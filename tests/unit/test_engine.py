@@ -19,9 +19,6 @@ BF16 = {"bf16": {"enabled": True}}
 @pytest.mark.parametrize(
     ("ds_config", "message"),
     [
-        (FP16, "fp16 at ZeRO stage 0 .*zero_optimization.stage to 1"),
-        (FP16 | {"zero_optimization": {"stage": 0}}, "fp16 at ZeRO stage 0"),
-        (BF16, "bf16 at ZeRO stage 0 .*zero_optimization.stage to 1"),
         (
             {"torch_autocast": {"enabled": True, "dtype": "float16"}},
             "torch_autocast in float16 .*bfloat16",
@@ -34,19 +31,31 @@ BF16 = {"bf16": {"enabled": True}}
             {"zero_optimization": {"stage": 1, "round_robin_gradients": True}},
             "zero_optimization.round_robin_gradients .*remove it",
         ),
-        ({"zero_optimization": {"stage": 3}}, "ZeRO stage 3 is not served yet"),
         (
-            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
-            "zero_optimization.offload_optimizer is not served yet",
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
+            'offload_optimizer.device: wanted "cpu" or "none", got \'nvme\'',
         ),
         (
-            {"zero_optimization": {"stage": 1, "offload_param": {"device": "nvme"}}},
-            "zero_optimization.offload_param is not served yet",
+            {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+            "offload_optimizer needs zero_optimization.stage 1",
         ),
         (
-            {"zero_optimization": {"stage": 1, "cpu_offload": True}},
-            "zero_optimization.cpu_offload is not served yet",
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            "offload_param needs zero_optimization.stage 3",
         ),
+        (
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_optimizer": {"device": "cpu", "ratio": 0.3},
+                }
+            },
+            "offload_optimizer.ratio is not served",
+        ),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "is not served"),
+        ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, "wanted an object"),
+        ({"zero_optimization": {"stage": 1, "cpu_offload": True}}, "cpu_offload is not served"),
+        ({"zero_optimization": {"stage": 4}}, "wanted 0, 1, 2 or 3, got 4"),
         ({"scheduler": {"type": "WarmupLR"}}, '"scheduler" section .*bert.schedule'),
         ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal is not served yet"),
     ],
@@ -61,12 +70,15 @@ def test_each_setting_is_refused_by_name(ds_config: dict[str, Any], message: str
     [
         {},
         {"zero_optimization": {"stage": 2}},
+        {"zero_optimization": {"stage": 3}},
         {"fp16": {"enabled": False}},
+        FP16,
+        BF16,
         FP16 | {"zero_optimization": {"stage": 1}},
         BF16 | {"zero_optimization": {"stage": 2}},
         {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
         {"torch_autocast": {"enabled": False, "dtype": "float16"}},
-        {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "none"}}},
+        {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
         {"zero_optimization": {"stage": 1, "round_robin_gradients": False}},
         {"checkpoint": {"load_universal": False}},
     ],

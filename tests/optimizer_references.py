@@ -1,4 +1,4 @@
-"""LAMB of arXiv:1904.00962 in float64 on whole tensors, written apart from the one it checks."""
+"""LAMB and AdamW in float64 on whole tensors, written apart from those that they check."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class ReferenceLamb:
-    """State of every named tensor, in plain dictionaries."""
+    """LAMB of arXiv:1904.00962; the state of every named tensor, in plain dictionaries."""
 
     def __init__(
         self,
@@ -50,3 +50,35 @@ class ReferenceLamb:
                 wn, rn = float(w.norm()), float(r.norm())
                 ratio = min(max(wn / rn, self.low), self.high) if wn > 0 and rn > 0 else 1.0
             self.weights[name] = w - self.lr * ratio * r
+
+
+class ReferenceAdamW:
+    """AdamW of arXiv:1711.05101, algorithm 2, with bias correction."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        *,
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        self.start = {name: weight.detach().double().clone() for name, weight in weights.items()}
+        self.weights = {name: weight.clone() for name, weight in self.start.items()}
+        self.m = {name: torch.zeros_like(weight) for name, weight in self.start.items()}
+        self.v = {name: torch.zeros_like(weight) for name, weight in self.start.items()}
+        self.t = 0
+        self.lr, self.decay, self.betas, self.eps = lr, weight_decay, betas, eps
+
+    def step(self, gradients: Mapping[str, Tensor]) -> None:
+        self.t += 1
+        b1, b2 = self.betas
+        for name, w in self.weights.items():
+            g = gradients[name].double()
+            self.m[name] = b1 * self.m[name] + (1 - b1) * g
+            self.v[name] = b2 * self.v[name] + (1 - b2) * g * g
+            m, v = self.m[name] / (1 - b1**self.t), self.v[name] / (1 - b2**self.t)
+            is_exempt = name.endswith("bias") or "LayerNorm" in name
+            decayed = w if is_exempt else w * (1 - self.lr * self.decay)
+            self.weights[name] = decayed - self.lr * m / (v.sqrt() + self.eps)

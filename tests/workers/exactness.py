@@ -1,0 +1,262 @@
+"""Train small models under DeepSpeed and measure how far they are from float64 references.
+
+argv: a JSON file with cases, and the file that rank 0 writes its findings to. A case has a `name`,
+`ds` (DeepSpeed's keys), `optimizer` (the JSON section) and optionally `kernels` (theirs), `naive`,
+for a LAMB that takes ZeRO's flat shard for one tensor, or `overflows`, for a loss scale that is too
+large at first. Of each case is measured
+
+    given: the largest relative error of a tensor over four steps, the reference being given the
+        gradients that DeepSpeed made;
+    trained: the largest error of a weight after ten steps, against a float64 model that trains on
+        the same global batches in one process;
+    spread: in 16 bits, the distance of the trained model from that of float64, in units of the
+        distance that rounding alone makes: of a single process that keeps 16-bit weights, too.
+"""
+
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor
+
+from tests.optimizer_references import ReferenceAdamW, ReferenceLamb
+from zerobert import distributed, zero
+from zerobert.config import BertConfig
+from zerobert.engine import Engine, init_distributed, leave_distributed, precision
+from zerobert.kernels import Kernels
+from zerobert.model import BertForPreTraining
+from zerobert.optim import build_optimizer, optimizer_config
+
+# Sizes that share no factor with the number of ranks: tensors are cut in odd places.
+CONFIG = BertConfig(
+    vocab_size=53,
+    hidden_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    intermediate_size=21,
+    max_position_embeddings=17,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+)
+ROWS = 12  # of a global batch: 2, 3 or 4 ranks cut it
+ACCUMULATION = 2
+GIVEN_STEPS, TRAINED_STEPS = 4, 10
+MOST_STEPS = 12  # with those that an overflow skips
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Batch = dict[str, Tensor]
+Case = dict[str, Any]
+
+
+def new_model(kernels: Kernels | None = None) -> BertForPreTraining:
+    torch.manual_seed(0)
+    model = BertForPreTraining(CONFIG, kernels)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+        model.bert.embeddings.word_embeddings.weight[CONFIG.vocab_size :] = 0  # padding
+    return model
+
+
+def global_batches(steps: int) -> Iterator[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        yield {
+            "input_ids": torch.randint(1, 53, (ROWS, 16), generator=generator),
+            "input_mask": torch.ones(ROWS, 16, dtype=torch.long),
+            "segment_ids": torch.zeros(ROWS, 16, dtype=torch.long),
+            "masked_lm_positions": torch.tensor([[1, 5], [2, 0]]).repeat(ROWS // 2, 1),
+            "masked_lm_ids": torch.randint(1, 53, (ROWS, 2), generator=generator),
+            "next_sentence_labels": torch.randint(0, 2, (ROWS,), generator=generator),
+        }
+
+
+def parts(batch: Batch, number: int) -> list[Batch]:
+    """A global batch in equal consecutive parts."""
+    size = ROWS // number
+    return [
+        {name: x[i * size : (i + 1) * size] for name, x in batch.items()} for i in range(number)
+    ]
+
+
+def loss_of(model: Callable[..., Any], batch: Batch) -> Tensor:
+    """A part's share of the global batch's loss."""
+    losses = model(**batch)
+    loss: Tensor = (losses.mlm_loss_sum + losses.nsp_loss_sum) / (2 * ROWS)
+    return loss
+
+
+def new_reference(weights: dict[str, Tensor], case: Case) -> ReferenceLamb | ReferenceAdamW:
+    options = dict(case["optimizer"]["params"])
+    options.setdefault("weight_decay", 0.01)
+    kind = ReferenceLamb if case["optimizer"]["type"] == "Lamb" else ReferenceAdamW
+    return kind(weights, **options)
+
+
+def clipped(gradients: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
+    limit = case["ds"].get("gradient_clipping", 0.0)
+    norm = torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm()
+    share = min(1.0, limit / float(norm)) if limit else 1.0
+    return {name: gradient.double() * share for name, gradient in gradients.items()}
+
+
+def trained_alone(case: Case, dtype: torch.dtype, num_parts: int) -> dict[str, Tensor]:
+    """The weights that one process ends with: float64 masters, model and gradients in `dtype`."""
+    model = new_model().to(dtype)
+    reference = new_reference(new_model().state_dict(), case)
+    scale = 2.0**8 if dtype == torch.float16 else 1.0
+    model.train()
+    for batch in global_batches(TRAINED_STEPS):
+        total: dict[str, Tensor] = {}
+        for part in parts(batch, num_parts):
+            model.zero_grad()
+            (loss_of(model, part) * scale).backward()
+            for name, parameter in model.named_parameters():
+                assert parameter.grad is not None
+                gradient = parameter.grad[: len(reference.start[name])]
+                total[name] = total[name] + gradient if name in total else gradient
+        reference.step(clipped({name: t.double() / scale for name, t in total.items()}, case))
+        model.load_state_dict(reference.weights)
+    return reference.weights
+
+
+def whole_gradient(parameter: torch.nn.Parameter, engine: Engine) -> Tensor:
+    """The step's gradient over ranks and micro-steps, whole on every rank."""
+    sharded = hasattr(parameter, "_dp_group") or hasattr(parameter, "ds_id")
+    gradient = safe_get_full_grad(parameter) if sharded else parameter.grad
+    assert gradient is not None
+    return gradient.double() / engine.loss_scale
+
+
+def start(case: Case) -> tuple[Engine, torch.optim.Optimizer]:
+    model = new_model(Kernels(**case.get("kernels", {})))
+    optimizer = build_optimizer(model, optimizer_config(case["optimizer"], "case"))
+    ds = {
+        "train_micro_batch_size_per_gpu": ROWS // ACCUMULATION // distributed.world_size(),
+        "gradient_accumulation_steps": ACCUMULATION,
+        "train_batch_size": ROWS,
+        "gradient_clipping": 0.0,
+        **copy.deepcopy(case["ds"]),
+    }
+    engine = Engine(model, optimizer, ds)
+    engine.train()
+    return engine, optimizer
+
+
+def given(case: Case) -> float:
+    """The largest relative error of a tensor, given the same gradients."""
+    engine, optimizer = start(case)
+    lr = case["optimizer"]["params"]["lr"]
+    reference = new_reference(engine.full_state(), case)
+    gradients: dict[str, Tensor] = {}
+    worst = 0.0
+
+    def capture(*_: object) -> None:
+        if not gradients:
+            for name, parameter in engine.module.named_parameters():
+                whole, size = whole_gradient(parameter, engine), len(reference.start[name])
+                assert not whole[size:].any()  # rows that pad the vocabulary
+                gradients[name] = whole[:size]
+
+    # BF16_Optimizer reduces the gradients no earlier than in step(); the others let go of them.
+    reads_late = type(engine._engine.optimizer).__name__ == "BF16_Optimizer"
+    if reads_late:
+        optimizer.register_step_pre_hook(capture)
+    rank, ranks = distributed.rank(), distributed.world_size()
+    for batch in global_batches(MOST_STEPS):
+        skipped = engine.skipped_steps
+        for micro in parts(batch, ACCUMULATION * ranks)[rank::ranks]:
+            engine.backward(loss_of(engine.forward, micro))
+            if not reads_late and engine.at_boundary:
+                capture()
+            engine.step(lr)
+        if engine.skipped_steps == skipped:
+            reference.step(clipped(gradients, case))
+        gradients.clear()
+        for name, weight in engine.full_state().items():
+            wanted = reference.weights[name]
+            error = float((weight.double() - wanted).norm() / wanted.norm().clamp(min=1e-3))
+            worst = worst if error <= worst else error  # which keeps what is no number
+        if reference.t == GIVEN_STEPS:
+            break
+    assert reference.t == GIVEN_STEPS
+    assert (engine.skipped_steps > 0) == bool(case.get("overflows"))
+    assert (
+        max(float((w - reference.start[name]).norm()) for name, w in reference.weights.items())
+        > 1e-2
+    )
+    engine.close()
+    return worst
+
+
+def trained(case: Case) -> dict[str, Tensor]:
+    """The weights after ten steps under DeepSpeed."""
+    engine, _ = start(case)
+    rank, ranks = distributed.rank(), distributed.world_size()
+    for batch in global_batches(TRAINED_STEPS):
+        for micro in parts(batch, ACCUMULATION * ranks)[rank::ranks]:
+            engine.backward(loss_of(engine.forward, micro))
+            engine.step(case["optimizer"]["params"]["lr"])
+    state = engine.full_state()
+    engine.close()
+    return state
+
+
+def distance(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    errors = [(state[name].double() - wanted[name]).norm() for name in wanted]
+    return float(torch.stack(errors).norm())
+
+
+def measure(case: Case) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": case["name"], "given": given(case)}
+    if case.get("naive") or case.get("overflows"):
+        return found
+    exact = trained_alone(case, torch.float64, 1)
+    state = trained(case)
+    # The gradient of the keys' bias is zero but for rounding, which NVLAMB scales up as any other.
+    is_free = case["optimizer"]["params"].get("use_nvlamb", False)
+    found["trained"] = max(
+        float((state[name].double() - exact[name]).abs().max())
+        for name in exact
+        if not (is_free and name.endswith("key.bias"))
+    )
+    dtype = DTYPES[precision(case["ds"])]
+    if dtype != torch.float32:
+        num_parts = ACCUMULATION * distributed.world_size()
+        rounding = distance(trained_alone(case, dtype, num_parts), exact)
+        found["spread"] = distance(state, exact) / rounding
+    return found
+
+
+def main() -> None:
+    cases, findings = sys.argv[1:]
+    init_distributed()
+    # What computes fp16 slowly computes it rightly.
+    get_accelerator().is_fp16_supported = lambda: True
+    found = []
+    locate = zero.locate
+    for case in json.loads(Path(cases).read_text()):
+        zero.locate = as_one_tensor if case.get("naive") else locate
+        print(f"{time.strftime('%X')} {case['name']}", file=sys.stderr, flush=True)
+        found.append(measure(case))
+    if distributed.is_main():
+        Path(findings).write_text(json.dumps(found))
+    leave_distributed()
+
+
+def as_one_tensor(parameters: list[torch.nn.Parameter], tensors: list[Tensor]) -> zero.Layout:
+    """What every LAMB does that does not know ZeRO."""
+    segments = [(zero.Segment(index=i, start=0, length=t.numel()),) for i, t in enumerate(tensors)]
+    owners = torch.arange(len(tensors))
+    return zero.Layout(
+        segments=tuple(segments), owners=owners, num_parameters=len(tensors), process_group=None
+    )
+
+
+main()
