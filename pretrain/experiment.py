@@ -65,13 +65,16 @@ class Experiment:
         """What weights, gradients and optimizer hold on each rank.
 
         Weights and gradients in the precision of the forward pass, fp32 masters beside 16 bits, and
-        two fp32 moments; the last two are sharded from stage 1 on, gradients from stage 2.
+        two fp32 moments; the last two are sharded from stage 1 on, gradients from stage 2, weights
+        at stage 3.
         """
         stage = self.config.deepspeed.get("zero_optimization", {}).get("stage", 0)
         width = 4 if engine.precision(self.config.deepspeed) == "fp32" else 2
-        sharded = 8 + (4 if width == 2 else 0) + (width if stage >= 2 else 0)
-        kept = width + (0 if stage >= 2 else width)
-        return self.parameters * (kept + sharded / (distributed.world_size() if stage else 1))
+        ranks = distributed.world_size()
+        optimizer = (8 + (4 if width == 2 else 0)) / (ranks if stage >= 1 else 1)
+        gradients = width / (ranks if stage >= 2 else 1)
+        weights = width / (ranks if stage >= 3 else 1)
+        return self.parameters * (optimizer + gradients + weights)
 
     def facts(self) -> dict[str, str]:
         """The size of the undertaking, for `--dry_run` and the first lines of a run."""

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -384,6 +385,52 @@ def test_masked_words_alone_with_every_kernel(data: Path, tmp_path: Path) -> Non
         tmp_path / "out" / "model_4", output_loading_info=True
     )
     assert not any(model[1][key] for key in ("missing_keys", "unexpected_keys"))
+
+
+CPU = {"device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
+        {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}},
+        pytest.param(
+            {
+                "zero_optimization": {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU},
+                "bf16": {"enabled": True},
+            },
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"zero_optimization": {"stage": 2, "offload_optimizer": CPU}}, marks=pytest.mark.slow
+        ),
+    ],
+    ids=["stage 3", "stage 0 in bf16", "stage 3 in bf16, offloaded", "stage 2, offloaded"],
+)
+def test_other_stages_train_alike_and_go_on(
+    settings: dict[str, Any], data: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "toy.json"
+    path.write_text(json.dumps({**EXPERIMENT, **settings}))
+    command = _command(
+        data, tmp_path / "out", "--deepspeed_config", str(path), "--save_steps", "6", ranks=2
+    )
+    done = _run(command)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    tolerance = 0.02 if "bf16" in settings else 5e-6
+    for step, loss in _losses(unbroken).items():
+        assert _losses(out)[step] == pytest.approx(loss, abs=tolerance)
+    weights, losses = _weights(out), _losses(out)
+    shutil.rmtree(out / "state_12")
+    shutil.rmtree(out / "model_12")
+    again = _run(command)
+    assert again.returncode == 0, again.stderr
+    assert "resumed from" in again.stdout
+    assert _losses(out) == losses
+    for name, weight in _weights(out).items():
+        assert torch.equal(weight, weights[name]), name
 
 
 def test_a_pre_norm_model_trains_goes_on_and_is_not_taken_for_a_stock_bert(
