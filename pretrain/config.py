@@ -18,6 +18,7 @@ from zerobert.schedule import ScheduleConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PADDLE_JSON = REPOSITORY / "ds_configs" / "paddle_base.json"
+_DEEPSPEED_CLIPPING = 1.0  # what it clips at where a file says nothing
 _NO_LIMIT = -1  # PaddleNLP's way to say that epochs alone end the run
 PRECISION_SECTIONS = ("fp16", "bf16", "torch_autocast", "data_types")
 _WEIGHT_SHAPES = (
@@ -183,12 +184,14 @@ def resolve(args: argparse.Namespace) -> PretrainConfig:
         bert = dataclasses.replace(bert, model={})  # nobody asked for the default JSON's size
     ds = _override_deepspeed(raw, args)
     engine.check_served(ds)
+    optimizer = optimizer_config(ds.get("optimizer", {"type": "AdamW"}), f"{path}: optimizer")
+    ds["gradient_clipping"] = _clipping(ds, optimizer.params.max_grad_norm)
     source = bert.run.init_from
     return PretrainConfig(
         name=path.stem,
         deepspeed=ds,
         bert=bert,
-        optimizer=optimizer_config(ds.get("optimizer", {"type": "AdamW"}), f"{path}: optimizer"),
+        optimizer=optimizer,
         init_from=open_model(source) if source is not None else None,
     )
 
@@ -235,6 +238,18 @@ def _override_deepspeed(raw: Mapping[str, Any], args: argparse.Namespace) -> dic
         optimizer = ds.setdefault("optimizer", {"type": "AdamW"})
         optimizer["params"] = {**optimizer.get("params", {}), **given}
     return ds
+
+
+def _clipping(ds: Mapping[str, Any], max_grad_norm: float | None) -> Any:
+    """The largest gradient norm, whichever of its two names it goes by."""
+    if max_grad_norm is None:
+        return ds.get("gradient_clipping", _DEEPSPEED_CLIPPING)
+    if ds.get("gradient_clipping", max_grad_norm) != max_grad_norm:
+        raise ConfigError(
+            f"gradient_clipping is {ds['gradient_clipping']}, optimizer.params.max_grad_norm is "
+            f"{max_grad_norm}: they are the same thing; give one"
+        )
+    return max_grad_norm
 
 
 def _named_model(bert: BertSection, name: str | None) -> BertSection:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from zerobert import zero
 from zerobert.config import from_dict
 from zerobert.errors import ConfigError
+from zerobert.kernels import lamb
 
 NO_DECAY = ("bias", "LayerNorm.weight")
 
@@ -48,6 +49,7 @@ class Lamb(torch.optim.Optimizer):
         use_nvlamb: scale parameters without weight decay too; else their ratio is 1.
         max_coeff: an upper bound of the ratio; None for no bound, as in the paper's experiments.
         min_coeff: a lower bound of the ratio.
+        kernel: what does the arithmetic; see `zerobert.kernels.lamb`.
 
     Source: arXiv:1904.00962, algorithm 2; the defaults are those of NVIDIA apex's FusedLAMB.
     """
@@ -64,6 +66,7 @@ class Lamb(torch.optim.Optimizer):
         use_nvlamb: bool = False,
         max_coeff: float | None = None,
         min_coeff: float | None = None,
+        kernel: str = "auto",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -76,6 +79,7 @@ class Lamb(torch.optim.Optimizer):
             "min_coeff": min_coeff,
         }
         super().__init__(groups, defaults)
+        self._kernel = kernel
         # ZeRO replaces each group's params by its flat shard, and steps one group at a time.
         self._parameters: dict[str, list[nn.Parameter]] = {
             group["name"]: list(group["params"]) for group in self.param_groups
@@ -89,43 +93,57 @@ class Lamb(torch.optim.Optimizer):
         if closure is not None:
             raise ConfigError("Lamb.step takes no closure")
         for group in self.param_groups:
-            tensors = [tensor for tensor in group["params"] if tensor.grad is not None]
-            if tensors:
-                self._step_group(group, tensors)
+            alike: dict[int, list[Tensor]] = {}
+            for tensor in group["params"]:
+                if tensor.grad is not None:
+                    alike.setdefault(self._count(tensor), []).append(tensor)
+            for number, tensors in alike.items():
+                self._step_alike(group, tensors, number)
 
-    def _step_group(self, group: dict[str, Any], tensors: list[Tensor]) -> None:
-        updates = [self._adam_direction(tensor, group) for tensor in tensors]
-        if group["weight_decay"] == 0 and not group["use_nvlamb"]:
-            for tensor, update in zip(tensors, updates, strict=True):
-                tensor.add_(update, alpha=-group["lr"])
-            return
-        layout = self._layout(group["name"], tensors)
-        weights, pieces = zero.views(tensors, layout), zero.views(updates, layout)
-        scales = (trust_ratios(weights, pieces, layout, group) * -group["lr"])[layout.owners]
-        if not pieces:  # this rank holds nothing but padding of this group
-            return
-        torch._foreach_mul_(pieces, list(scales.unbind()))
-        torch._foreach_add_(weights, pieces)
-
-    def _adam_direction(self, tensor: Tensor, group: dict[str, Any]) -> Tensor:
+    def _count(self, tensor: Tensor) -> int:
+        """The number of this step among a tensor's own."""
         state = self.state[tensor]
         if not state:
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros_like(tensor)
             state["exp_avg_sq"] = torch.zeros_like(tensor)
         state["step"] += 1
+        return int(state["step"])
+
+    def _step_alike(self, group: Mapping[str, Any], tensors: list[Tensor], number: int) -> None:
+        """Update tensors of a group that have all taken as many steps."""
+        layout = self._layout(group["name"], tensors)
+        states = [self.state[tensor] for tensor in tensors]
+        gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
+        moments = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        parts = (tensors, gradients, *moments)
+        pieces = lamb.Pieces(*(zero.views(part, layout) for part in parts))
         beta1, beta2 = group["betas"]
-        step = int(state["step"]) if group["bias_correction"] else None
-        correction1 = 1 - beta1**step if step else 1.0
-        correction2 = 1 - beta2**step if step else 1.0
-        gradient = tensor.grad
-        assert gradient is not None
-        state["exp_avg"].lerp_(gradient, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        denominator = (state["exp_avg_sq"] / correction2).sqrt_().add_(group["eps"])
-        direction: Tensor = (state["exp_avg"] / correction1).div_(denominator)
-        direction.add_(tensor, alpha=group["weight_decay"])
-        return direction
+        corrects = group["bias_correction"]
+        rates = lamb.Rates(
+            beta1,
+            beta2,
+            group["eps"],
+            group["weight_decay"],
+            1 - beta1**number if corrects else 1.0,
+            1 - beta2**number if corrects else 1.0,
+        )
+        scaling = lamb.Scaling(
+            group["lr"],
+            adapts=group["weight_decay"] != 0 or group["use_nvlamb"],
+            min_coeff=group["min_coeff"],
+            max_coeff=group["max_coeff"],
+        )
+        kernel = lamb.implementation(lamb.choose(tensors[0].device, self._kernel)[0])
+        if scaling.adapts and layout.is_shared:
+            squares = torch.zeros(layout.num_parameters, 2, device=layout.owners.device)
+            if pieces.weights:  # else this rank holds nothing of the group, or padding alone
+                squares.index_add_(0, layout.owners, kernel.update_moments(pieces, rates))
+            zero.sum_over_ranks(squares, layout.process_group)
+            if pieces.weights:
+                kernel.apply(pieces, rates, lamb.scales(squares, scaling)[layout.owners])
+        elif pieces.weights:
+            kernel.step_local(pieces, rates, scaling)
 
     def _layout(self, name: str, tensors: list[Tensor]) -> zero.Layout:
         key = tuple(map(id, tensors))
@@ -134,35 +152,13 @@ class Lamb(torch.optim.Optimizer):
         return self._layouts[key][1]
 
 
-def trust_ratios(
-    weights: list[Tensor],
-    updates: list[Tensor],
-    layout: zero.Layout,
-    group: Mapping[str, Any],
-) -> Tensor:
-    """|weights| / |update| of each parameter of a group, 1 where either is 0; fp32 [parameters].
-
-    Args:
-        weights: this rank's pieces of the parameters.
-        updates: the matching pieces of their updates.
-    """
-    squares = torch.cat(
-        [
-            zero.squared_norms(weights, layout),
-            zero.squared_norms(updates, layout),
-        ]
-    )
-    zero.sum_over_ranks(squares, layout.process_group)
-    weight_norms, update_norms = squares.sqrt_().chunk(2)
-    ratios = weight_norms / update_norms
-    if group["max_coeff"] is not None or group["min_coeff"] is not None:
-        ratios = ratios.clamp(min=group["min_coeff"], max=group["max_coeff"])
-    return torch.where((weight_norms > 0) & (update_norms > 0), ratios, 1.0)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LambParams:
-    """`optimizer.params` of a JSON whose optimizer is `Lamb`."""
+    """`optimizer.params` of a JSON whose optimizer is `Lamb`, by DeepSpeed's and apex's names.
+
+    Attributes:
+        max_grad_norm: another name of DeepSpeed's `gradient_clipping`, as apex's FusedLAMB has it.
+    """
 
     lr: float = 1e-3
     betas: tuple[float, ...] = (0.9, 0.999)
@@ -172,16 +168,26 @@ class LambParams:
     use_nvlamb: bool = False
     max_coeff: float | None = None
     min_coeff: float | None = None
+    max_grad_norm: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamWParams:
-    """`optimizer.params` of a JSON whose optimizer is `AdamW` or, as in DeepSpeed, `Adam`."""
+    """`optimizer.params` of a JSON whose optimizer is `AdamW` or, as in DeepSpeed, `Adam`.
+
+    Attributes:
+        bias_correction, adam_w_mode: must be true; DeepSpeed's names, so that its files are read.
+        torch_adam: torch's fused AdamW it is either way.
+    """
 
     lr: float = 1e-3
     betas: tuple[float, ...] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.01
+    max_grad_norm: float | None = None
+    bias_correction: bool = True
+    adam_w_mode: bool = True
+    torch_adam: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,13 +219,27 @@ def optimizer_config(section: Mapping[str, Any], where: str) -> OptimizerConfig:
         raise ConfigError(f"{where}.params.betas: wanted two numbers from 0 to below 1")
     if params.lr < 0 or params.eps < 0 or params.weight_decay < 0:
         raise ConfigError(f"{where}.params: lr, eps and weight_decay must not be negative")
+    if params.max_grad_norm is not None and params.max_grad_norm < 0:
+        raise ConfigError(f"{where}.params: max_grad_norm must not be negative")
+    for name in ("adam_w_mode", "bias_correction"):
+        if isinstance(params, AdamWParams) and not getattr(params, name):
+            raise ConfigError(f"{where}.params.{name}: false is not served; remove it")
     return OptimizerConfig(type="Lamb" if kind.lower() == "lamb" else "AdamW", params=params)
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer on a model's own parameters, to be handed to DeepSpeed."""
-    values = dataclasses.asdict(config.params)
-    groups = parameter_groups(model, values["weight_decay"])
-    if isinstance(config.params, LambParams):
-        return Lamb(groups, **values)
-    return torch.optim.AdamW(groups, fused=True, **values)
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, lamb_kernel: str = "auto"
+) -> torch.optim.Optimizer:
+    """The optimizer on a model's own parameters, to be handed to DeepSpeed, which clips for it.
+
+    Args:
+        lamb_kernel: see `Lamb`.
+    """
+    params = config.params
+    groups = parameter_groups(model, params.weight_decay)
+    if isinstance(params, LambParams):
+        options = dataclasses.asdict(params)
+        del options["max_grad_norm"]
+        return Lamb(groups, kernel=lamb_kernel, **options)
+    beta1, beta2 = params.betas
+    return torch.optim.AdamW(groups, lr=params.lr, betas=(beta1, beta2), eps=params.eps, fused=True)

@@ -41,6 +41,11 @@ class Layout:
     num_parameters: int
     process_group: dist.ProcessGroup | None
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether a parameter may lie on several ranks."""
+        return self.process_group is not None and dist.get_world_size(self.process_group) > 1
+
 
 def locate(parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> Layout:
     """Find a group's model parameters inside the tensors that its optimizer steps.
@@ -115,8 +120,6 @@ def sum_over_ranks(values: Tensor, process_group: dist.ProcessGroup | None) -> N
 
     An optimizer that is offloaded to the CPU has its norms there, where nccl can't add them up.
     """
-    if process_group is None or dist.get_world_size(process_group) == 1:
-        return
     if values.device.type == "cpu" and dist.get_backend(process_group) == "nccl":
         on_device = values.cuda()
         dist.all_reduce(on_device, group=process_group)
@@ -132,12 +135,3 @@ def views(tensors: Sequence[Tensor], layout: Layout) -> list[Tensor]:
         for tensor, segments in zip(tensors, layout.segments, strict=True)
         for segment in segments
     ]
-
-
-def squared_norms(pieces: Sequence[Tensor], layout: Layout) -> Tensor:
-    """This rank's share of each parameter's squared 2-norm, fp32 [num_parameters]."""
-    totals = torch.zeros(layout.num_parameters, dtype=torch.float32, device=layout.owners.device)
-    if pieces:
-        norms = torch.stack(torch._foreach_norm(list(pieces), dtype=torch.float32))
-        totals.index_add_(0, layout.owners, norms.square())
-    return totals

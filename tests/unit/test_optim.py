@@ -60,6 +60,9 @@ def test_biases_and_layer_norms_are_not_decayed() -> None:
         ({"type": "Lamb", "params": {"lr": "fast"}}, "wanted float, got 'fast'"),
         ({"type": "Lamb", "params": {"betas": [0.9]}}, "two numbers"),
         ({"type": "Lamb", "params": {"lr": -1}}, "must not be negative"),
+        ({"type": "Lamb", "params": {"max_grad_norm": -1}}, "must not be negative"),
+        ({"type": "Adam", "params": {"adam_w_mode": False}}, "adam_w_mode: false is not served"),
+        ({"type": "AdamW", "params": {"bias_correction": False}}, "bias_correction: false"),
     ],
 )
 def test_a_wrong_optimizer_section_is_named(section: dict[str, object], words: str) -> None:

@@ -69,7 +69,8 @@ def make_model_folder(folder: Path) -> BertConfig:
 def test_a_plain_deepspeed_file_is_bert_base_with_defaults(tmp_path: Path) -> None:
     got = resolved(tmp_path, {"train_micro_batch_size_per_gpu": 8})
     assert got.name == "mine"
-    assert got.deepspeed == {"train_micro_batch_size_per_gpu": 8}
+    # DeepSpeed clips at 1.0 where a file says nothing: the resolved one says it.
+    assert got.deepspeed == {"train_micro_batch_size_per_gpu": 8, "gradient_clipping": 1.0}
     assert got.bert.run == RunConfig()
     assert got.bert.data.input_dir == ("data/shards",)
     assert got.bert.tracking.tracker == ("none",)
@@ -129,11 +130,17 @@ def test_paddlenlp_s_command_overrides_its_recipe() -> None:
 
 
 def test_batch_size_is_the_micro_batch_without_accumulation(tmp_path: Path) -> None:
-    raw = {"train_batch_size": 64, "gradient_accumulation_steps": 4}
+    raw = {"train_batch_size": 64, "gradient_accumulation_steps": 4, "gradient_clipping": 0.0}
     assert resolved(tmp_path, raw, "--batch_size", "3").deepspeed == {
         "train_micro_batch_size_per_gpu": 3,
         "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
     }
+
+
+def test_apex_name_of_the_clipping_is_served(tmp_path: Path) -> None:
+    raw = {"optimizer": {"type": "Lamb", "params": {"max_grad_norm": 0.7}}}
+    assert resolved(tmp_path, raw).deepspeed["gradient_clipping"] == 0.7
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -143,8 +150,9 @@ def test_precision_replaces_every_precision_section(tmp_path: Path, precision: s
         "data_types": {"grad_accum_dtype": "fp32"},
         "torch_autocast": {"enabled": False},
         "zero_optimization": {"stage": 1},
+        "gradient_clipping": 0.5,
     }
-    wanted: dict[str, Any] = {"zero_optimization": {"stage": 1}}
+    wanted: dict[str, Any] = {"zero_optimization": {"stage": 1}, "gradient_clipping": 0.5}
     if precision != "fp32":
         wanted[precision] = {"enabled": True}
     assert resolved(tmp_path, raw, "--precision", precision).deepspeed == wanted
@@ -198,7 +206,13 @@ def test_the_vocabulary_decides_its_size(tmp_path: Path) -> None:
         ({"optimizer": {"type": "SGD"}}, r"optimizer\.type: wanted Lamb or AdamW, got 'SGD'"),
         ({"optimizer": {"type": "Lamb", "params": {"learning_rate": 1}}}, "'learning_rate'"),
         ({"scheduler": {"type": "WarmupLR"}}, "bert.schedule"),
-        ({"fp16": {"enabled": True}}, "fp16 at ZeRO stage 0"),
+        (
+            {
+                "gradient_clipping": 0.5,
+                "optimizer": {"type": "Lamb", "params": {"max_grad_norm": 1.0}},
+            },
+            "they are the same thing; give one",
+        ),
     ],
 )
 def test_each_mistake_in_the_json_is_named(
@@ -441,7 +455,7 @@ def test_a_resumed_run_may_change_processes_and_zero_stage(tmp_path: Path) -> No
         ({}, "--warmup_steps 7", "bert.schedule.warmup_steps was None, is 7"),
         ({}, "--batch_size 8", "train_batch_size was 32, is 8; train_micro_batch_size_per_gpu"),
         ({}, "--precision bf16", "bf16.enabled was None, is True"),
-        ({"gradient_clipping": 0.5}, "", "gradient_clipping was None, is 0.5"),
+        ({"gradient_clipping": 0.5}, "", "gradient_clipping was 1.0, is 0.5"),
         ({"bert": {"model": {"size": "mini"}}}, "", "bert.model.hidden_size was 128, is 256"),
         (
             {"optimizer": {"type": "Lamb", "params": {"lr": 1e-3, "betas": [0.9, 0.98]}}},
