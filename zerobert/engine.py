@@ -158,11 +158,6 @@ def check_served(ds_config: Mapping[str, Any]) -> None:
     for name in ("offload_optimizer", "offload_param", "cpu_offload"):
         if zero.get(name) and zero[name] != {"device": "none"}:
             raise ConfigError(f"zero_optimization.{name} is not served yet; remove it")
-    if "scheduler" in ds_config:
-        raise ConfigError(
-            'the "scheduler" section is not served; describe the schedule in bert.schedule '
-            '("name", "warmup_steps" or "warmup_proportion", "degree")'
-        )
     if ds_config.get("checkpoint", {}).get("load_universal", False):
         raise ConfigError("checkpoint.load_universal is not served yet; remove it")
 

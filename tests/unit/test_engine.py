@@ -47,7 +47,6 @@ BF16 = {"bf16": {"enabled": True}}
             {"zero_optimization": {"stage": 1, "cpu_offload": True}},
             "zero_optimization.cpu_offload is not served yet",
         ),
-        ({"scheduler": {"type": "WarmupLR"}}, '"scheduler" section .*bert.schedule'),
         ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal is not served yet"),
     ],
 )
