@@ -134,9 +134,10 @@ def train(
             exit_code = evaluate(engine, held_out(False), state.step, tracker, stop)
         window.started_s += time.perf_counter() - pause_s
     batches.close()  # type: ignore[attr-defined]
-    if window.steps:  # the time was over between two lines
+    # The time was over between two lines, or a signal came during an evaluation on the way.
+    if window.steps:
         log(engine, window, state, cfg, tracker)
-    if saved_step != state.step:  # the same, or a signal came during an evaluation on the way
+    if saved_step != state.step:
         check_finite(engine, window, state.step)
         run_state.save(engine, state, run)
     if held_out and not exit_code:
