@@ -88,16 +88,15 @@ class Experiment:
         ranks = distributed.world_size()
         rows = sum(shard.num_rows for shard in self.training)
         flops = self.flops_per_sequence * self.sizes.global_samples
-        epochs = ""
+        data = f"epochs of {rows:,} sequences"
         if self.steps is not None:
-            passes = self.steps * self.sizes.global_samples / rows
-            epochs = f" = {passes:.2f} epochs of {rows:,} sequences"
+            data = f"{self.steps * self.sizes.global_samples / rows:.2f} {data}"
         return {
             "parameters": f"{self.parameters:,}",
             "processes": str(ranks),
             "batch": f"{self.sizes.global_samples} sequences = {self.sizes.micro_samples} x "
             f"{self.sizes.accumulation_steps} micro-steps x {ranks} processes",
-            "length": self.length + epochs,
+            "length": f"{self.length}; {data}",
             "learning rate": self.config.describe_rate(),
             "weights, gradients and optimizer": f"{self.state_bytes / 2**30:.2f} GiB a process, "
             f"ZeRO stage {stage}, {low}",
