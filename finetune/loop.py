@@ -36,6 +36,8 @@ class Settings:
 
     Args:
         max_steps: ends the run, and the schedule, before `num_epochs` do; None for no limit.
+        layer_decay: what the rate is multiplied by from each layer to the one below it; None for
+            one rate.
         save_steps: evaluate and save every so many steps; None to evaluate after each epoch.
     """
 
@@ -44,6 +46,7 @@ class Settings:
     num_epochs: float
     max_steps: int | None
     schedule: schedule.ScheduleConfig
+    layer_decay: float | None = None
     weight_decay: float
     adam_epsilon: float
     max_grad_norm: float
@@ -59,6 +62,8 @@ class Settings:
         for name in ("weight_decay", "adam_epsilon", "seed"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"--{name}: wanted 0 or more, got {getattr(self, name)}")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"--layer_decay: wanted above 0, at most 1, got {self.layer_decay}")
         for name in ("max_steps", "save_steps"):
             if (steps := getattr(self, name)) is not None and steps < 1:
                 raise ConfigError(f"--{name}: wanted 1 or more, got {steps}")
@@ -163,7 +168,7 @@ def train(
         TrainingDivergedError: the loss is no longer a finite number.
     """
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, settings.weight_decay),
+        parameter_groups(model, settings.weight_decay, settings.layer_decay),
         lr=settings.learning_rate,
         eps=settings.adam_epsilon,
     )
@@ -174,10 +179,10 @@ def train(
     batches = itertools.islice(_all_batches(examples, settings), total_steps)
     for step, (epoch, number, ends_epoch, indices) in enumerate(batches, start=1):
         rate = settings.learning_rate * schedule.factor(
-            settings.schedule, step - 1, total_steps=total_steps
+            settings.schedule, step - 1, total=total_steps
         )
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_factor", 1.0)
         loss = _mean_loss(model, examples, indices, settings.precision, device)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

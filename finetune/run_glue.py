@@ -74,6 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
     # Source of the four defaults: google-research/bert run_classifier.py and optimization.py.
     add("--warmup_proportion", type=float, default=0.1, help="share of the steps (default: 0.1)")
     add("--warmup_steps", type=int, help="wins over the proportion")
+    add(
+        "--layer_decay",
+        type=float,
+        help="factor of the rate from each layer to the one below, as 0.9 (default: one rate)",
+    )
     add("--weight_decay", type=float, default=0.01, help="default: 0.01")
     add("--adam_epsilon", type=float, default=1e-6, help="default: 1e-6")
     add("--max_grad_norm", type=float, default=1.0, help="default: 1.0")
@@ -212,6 +217,7 @@ def choose_settings(args: argparse.Namespace, task: Task, seed: int) -> loop.Set
         schedule=ScheduleConfig(
             warmup_steps=args.warmup_steps, warmup_proportion=args.warmup_proportion
         ),
+        layer_decay=args.layer_decay,
         weight_decay=args.weight_decay,
         adam_epsilon=args.adam_epsilon,
         max_grad_norm=args.max_grad_norm,

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from zerobert import engine
+from zerobert import engine, schedule
 from zerobert.checkpoint import ModelFolder, open_model
 from zerobert.config import BertConfig, check_keys, from_dict, load_json
+from zerobert.ds_scheduler import DeepSpeedScheduler, scheduler_config
 from zerobert.errors import ConfigError
 from zerobert.kernels import Kernels
 from zerobert.optim import OptimizerConfig, optimizer_config
@@ -61,7 +62,9 @@ class RunConfig:
     """The JSON's `"run"` section: length, intervals in optimizer steps, and what is kept.
 
     Attributes:
-        max_steps, num_train_epochs: where both are given, the earlier ends the run.
+        max_steps, max_samples, num_train_epochs: the earliest of those given ends the run.
+        max_train_s: seconds of training, saves and evaluations on the way included, after which the
+            run ends too; a resumed run goes on counting.
         init_from: a model folder, or the hub's name of one, whose weights the run starts from.
         eval_steps: 0 evaluates at the end only.
         eval_rows: held-out rows of an evaluation on the way, 0 for all; the last one uses all.
@@ -69,7 +72,9 @@ class RunConfig:
     """
 
     max_steps: int | None = None
+    max_samples: int | None = None
     num_train_epochs: float | None = None
+    max_train_s: float | None = None
     init_from: str | None = None
     seed: int = 42
     logging_steps: int = 10
@@ -85,7 +90,7 @@ class RunConfig:
         for name in ("eval_steps", "eval_rows", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: wanted at least 0, got {getattr(self, name)}")
-        for name in ("max_steps", "num_train_epochs"):
+        for name in ("max_steps", "max_samples", "num_train_epochs", "max_train_s"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name}: wanted above 0, got {value}")
@@ -118,6 +123,7 @@ class PretrainConfig:
     Attributes:
         name: the JSON's name, for the output folder.
         deepspeed: DeepSpeed's own keys.
+        scheduler: what DeepSpeed's `"scheduler"` section asks for; None for `bert.schedule`.
         init_from: the folder whose weights the run starts from; None for random weights.
     """
 
@@ -125,7 +131,34 @@ class PretrainConfig:
     deepspeed: dict[str, Any]
     bert: BertSection
     optimizer: OptimizerConfig
+    scheduler: DeepSpeedScheduler | None
     init_from: ModelFolder | None
+
+    @property
+    def goes_by_time(self) -> bool:
+        """Whether the rate depends on the time budget and not on the number of steps."""
+        return self.scheduler is None and self.bert.schedule.by == "time"
+
+    def describe_rate(self) -> str:
+        """The form of the learning rate, for people."""
+        if self.scheduler is not None:
+            return f"DeepSpeed's {type(self.scheduler).__name__}"
+        ours = self.bert.schedule
+        return f"{ours.name} by {ours.by}, {self.optimizer.params.lr:g} at its peak"
+
+    def rate(self, step: int, elapsed_s: float, *, total_steps: int | None) -> float:
+        """The learning rate of the update that `step` others and `elapsed_s` went before."""
+        lr = self.optimizer.params.lr
+        if self.scheduler is not None:
+            return self.scheduler.rate(step, lr)
+        return schedule.rate(
+            self.bert.schedule,
+            step,
+            elapsed_s,
+            peak_lr=lr,
+            total_steps=total_steps,
+            max_train_s=self.bert.run.max_train_s,
+        )
 
     def model(self, vocab_size: int) -> BertConfig:
         """The architecture with the vocabulary's size.
@@ -186,14 +219,68 @@ def resolve(args: argparse.Namespace) -> PretrainConfig:
     engine.check_served(ds)
     optimizer = optimizer_config(ds.get("optimizer", {"type": "AdamW"}), f"{path}: optimizer")
     ds["gradient_clipping"] = _clipping(ds, optimizer.params.max_grad_norm)
+    scheduler = None
+    if "scheduler" in ds:
+        scheduler = scheduler_config(ds["scheduler"], f"{path}: scheduler")
+        _check_one_schedule(scheduler, section, args)
     source = bert.run.init_from
-    return PretrainConfig(
+    config = PretrainConfig(
         name=path.stem,
         deepspeed=ds,
         bert=bert,
         optimizer=optimizer,
+        scheduler=scheduler,
         init_from=open_model(source) if source is not None else None,
     )
+    _check_length(config)
+    return config
+
+
+def _check_one_schedule(
+    scheduler: DeepSpeedScheduler, section: Mapping[str, Any], args: argparse.Namespace
+) -> None:
+    """The rate has one owner: refuse what DeepSpeed's section would overrule in silence.
+
+    Raises:
+        ConfigError: names the other owner.
+    """
+    if "schedule" in section:
+        raise ConfigError(
+            'the JSON has DeepSpeed\'s "scheduler" section and bert.schedule: remove one of them'
+        )
+    overruled = {"--warmup_steps": args.warmup_steps, "--schedule_by": args.by}
+    if getattr(scheduler, "warmup_max_lr", None) is not None:
+        overruled["--learning_rate"] = args.learning_rate
+    if given := [flag for flag, value in overruled.items() if value is not None]:
+        raise ConfigError(
+            f'{given[0]}: the JSON\'s "scheduler" section decides that; change it there, or put '
+            "bert.schedule in its place"
+        )
+
+
+def _check_length(config: PretrainConfig) -> None:
+    """A schedule must know the whole that its shares are of.
+
+    Raises:
+        ConfigError: the run has no such limit.
+    """
+    run = config.bert.run
+    if config.goes_by_time:
+        if run.max_train_s is None:
+            raise ConfigError(
+                "a schedule that goes by time needs to know how long: give --max_train_s, or "
+                "max_train_s in bert.run"
+            )
+    elif config.scheduler is None and run.max_train_s is not None and not _has_steps(run):
+        raise ConfigError(
+            "max_train_s alone says how long to train, and the schedule goes by steps: give "
+            "--schedule_by time, or --max_steps too"
+        )
+
+
+def _has_steps(run: RunConfig) -> bool:
+    limits = (run.max_steps, run.max_samples, run.num_train_epochs)
+    return any(limit is not None for limit in limits)
 
 
 def _override(bert: BertSection, args: argparse.Namespace) -> BertSection:
@@ -333,28 +420,32 @@ def with_micro_batch(
     return dataclasses.replace(config, deepspeed=ds)
 
 
-def total_steps(run: RunConfig, num_rows: int, global_samples: int) -> int:
-    """The optimizer steps of the whole run: the schedule's horizon.
+def total_steps(run: RunConfig, num_rows: int, global_samples: int) -> int | None:
+    """The optimizer steps of the whole run; None where time alone ends it.
 
     Raises:
-        ConfigError: neither steps nor epochs are given.
+        ConfigError: no limit is given.
     """
     limits = []
     if run.max_steps is not None:
         limits.append(run.max_steps)
+    if run.max_samples is not None:
+        limits.append(math.ceil(run.max_samples / global_samples))
     if run.num_train_epochs is not None:
         limits.append(math.ceil(run.num_train_epochs * num_rows / global_samples))
-    if not limits:
+    if not limits and run.max_train_s is None:
         raise ConfigError(
             "how long? give --max_steps or --num_train_epochs, or bert.run in the JSON"
         )
-    return min(limits)
+    return min(limits, default=None)
 
 
 def resolved_json(config: PretrainConfig, model: BertConfig) -> dict[str, Any]:
     """The whole experiment as one JSON, which runs it again."""
     bert = dataclasses.asdict(config.bert)
     bert["model"] = dataclasses.asdict(model)
+    if config.scheduler is not None:
+        del bert["schedule"]
     return {**config.deepspeed, "bert": bert}
 
 
@@ -376,17 +467,24 @@ _FREE = (
     "bert.run.eval_rows",
     "bert.run.keep_states",
     "bert.run.max_steps",
+    "bert.run.max_samples",
     "bert.run.num_train_epochs",
+    "bert.run.max_train_s",
 )
 
 
 def identity(
-    resolved: Mapping[str, Any], *, steps: int, sizes: BatchSizes, data: Mapping[str, Any]
+    resolved: Mapping[str, Any], *, steps: int | None, sizes: BatchSizes, data: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What makes a run this run, as flat `section.key` -> value; a resumed run agrees in all."""
+    """What makes a run this run, as flat `section.key` -> value; a resumed run agrees in all.
+
+    Of the limits of its length it is the one that the rate depends on.
+    """
     zero = resolved.get("zero_optimization", {})
+    by_time = resolved["bert"].get("schedule", {}).get("by") == "time"
     flat: dict[str, Any] = {
-        "total_steps": steps,
+        "total_steps": None if by_time else steps,
+        "max_train_s": resolved["bert"]["run"]["max_train_s"] if by_time else None,
         "zero_optimization.stage above 0": zero.get("stage", 0) > 0,
         "train_batch_size": sizes.global_samples,
         "train_micro_batch_size_per_gpu": sizes.micro_samples,

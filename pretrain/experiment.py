@@ -41,7 +41,7 @@ class Experiment:
     config: PretrainConfig
     folder: RunFolder
     sizes: BatchSizes
-    steps: int
+    steps: int | None
     training: tuple[ShardInfo, ...]
     held_out: tuple[ShardInfo, ...]
     nsp: bool
@@ -53,6 +53,14 @@ class Experiment:
         return training_flops_per_sequence(
             self.folder.model, shard.seq_length, shard.max_predictions
         )
+
+    @property
+    def length(self) -> str:
+        """What ends the run."""
+        seconds = self.config.bert.run.max_train_s
+        limits = [f"{self.steps:,} steps"] if self.steps is not None else []
+        limits += [f"{seconds:,.0f} s"] if seconds is not None else []
+        return " or ".join(limits)
 
     @functools.cached_property
     def parameters(self) -> int:
@@ -83,13 +91,16 @@ class Experiment:
         ranks = distributed.world_size()
         rows = sum(shard.num_rows for shard in self.training)
         flops = self.flops_per_sequence * self.sizes.global_samples
+        data = f"epochs of {rows:,} sequences"
+        if self.steps is not None:
+            data = f"{self.steps * self.sizes.global_samples / rows:.2f} {data}"
         return {
             "parameters": f"{self.parameters:,}",
             "processes": str(ranks),
             "batch": f"{self.sizes.global_samples} sequences = {self.sizes.micro_samples} x "
             f"{self.sizes.accumulation_steps} micro-steps x {ranks} processes",
-            "steps": f"{self.steps:,} = {self.steps * self.sizes.global_samples / rows:.2f} epochs "
-            f"of {rows:,} sequences",
+            "length": f"{self.length}; {data}",
+            "learning rate": self.config.describe_rate(),
             "weights, gradients and optimizer": f"{self.state_bytes / 2**30:.2f} GiB a process, "
             f"ZeRO stage {stage}, {low}",
             "FLOPs a step": f"{flops:.3g}",
@@ -273,7 +284,8 @@ def train(run: Experiment, args: argparse.Namespace, stop: StopRequest) -> int:
         resume_from = _output_folder(run, args)
     resume_from, is_complete = distributed.broadcast_object(resume_from)
     if is_complete:
-        _finish(run, 0, run.steps)
+        assert resume_from is not None
+        _finish(run, 0, run_state.saved_step(resume_from))
         return 0
     try:
         return _train(run, args, stop, resume_from)
@@ -303,7 +315,7 @@ def _train(
     if resume_from is not None:
         with distributed.one_voice():
             state = run_state.restore(training, resume_from)
-        _say(f"resumed from {resume_from} at step {state.step} of {run.steps}")
+        _say(f"resumed from {resume_from} at step {state.step} of {run.length}")
     with _tracker(run, state) as tracker:
         code = _loop(run, training, state, tracker, stop, args)
     training.close()
@@ -324,17 +336,31 @@ def _output_folder(run: Experiment, args: argparse.Namespace) -> tuple[Path | No
         if found is not None:
             run_state.check_resumable(found, run.folder)
             run_state.supersede(path, found)
-            is_last = run_state.saved_step(found) >= run.steps
-            is_complete = is_last and read_status(path) == "done"
+            is_complete = _is_complete(run, found)
         if not is_complete:
             manifest.write_json(path / "config.json", run.folder.resolved)
             write_status(path, "running", None)
     return found, is_complete
 
 
+def _is_complete(run: Experiment, found: Path) -> bool:
+    """Whether the run that ended with this state met a limit that still holds."""
+    status = read_status(run.folder.path)
+    step = run_state.saved_step(found)
+    if status.get("state") != "done":
+        return False
+    if run.steps is not None and step >= run.steps:
+        return True
+    budget_s, elapsed_s = run.config.bert.run.max_train_s, status.get("elapsed_s")
+    is_spent = budget_s is not None and elapsed_s is not None and elapsed_s >= budget_s
+    return is_spent and status.get("step") == step
+
+
 def _engine_config(run: Experiment) -> dict[str, Any]:
+    ds = dict(run.config.deepspeed)
+    ds.pop("scheduler", None)  # the loop sets the rate
     return {
-        **run.config.deepspeed,
+        **ds,
         "train_batch_size": run.sizes.global_samples,
         "train_micro_batch_size_per_gpu": run.sizes.micro_samples,
         "gradient_accumulation_steps": run.sizes.accumulation_steps,
@@ -397,8 +423,8 @@ def _loop(
                 save_steps=settings.save_steps,
                 eval_steps=settings.eval_steps,
                 seed=settings.seed,
-                peak_lr=run.config.optimizer.params.lr,
-                schedule=run.config.bert.schedule,
+                max_train_s=settings.max_train_s,
+                rate=functools.partial(run.config.rate, total_steps=run.steps),
                 rows_of_epoch=loader.order.num_rows,
                 flops_per_sequence=run.flops_per_sequence,
                 nsp=run.nsp,
@@ -410,6 +436,9 @@ def _loop(
             profiler,
         )
     _finish(run, code, state.step)
+    if distributed.is_main():
+        outcome = {"step": state.step, "elapsed_s": state.elapsed_s}
+        write_status(run.folder.path, "preempted" if code else "done", code, **outcome)
     return code
 
 
@@ -419,8 +448,9 @@ def _finish(run: Experiment, code: int, step: int) -> None:
         return
     path = run.folder.path
     page = report.write_report([path], path / "report.html")
-    write_status(path, "preempted" if code else "done", code, step=step)
-    how = f"stopped at step {step} of {run.steps}; the same command goes on" if code else "complete"
+    how = "complete"
+    if code:
+        how = f"stopped at step {step} of {run.length}; the same command goes on"
     model = path / f"model_{step}"
     _say(f"{how}; model: {model if model.is_dir() else 'none yet'}; curves: {page}")
 

@@ -16,25 +16,29 @@ from pretrain import state as run_state
 from pretrain.data import StepBatch, StepLoader, dropout_seed
 from pretrain.signals import StopRequest
 from pretrain.state import RunFolder, TrainState
-from zerobert import distributed, schedule
+from zerobert import distributed
 from zerobert.engine import Engine
 from zerobert.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, TrainingDivergedError
 from zerobert.model import PretrainingLosses
-from zerobert.schedule import ScheduleConfig
 from zerobert.tracking import Tracker
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """What the loop itself uses of an experiment."""
+    """What the loop itself uses of an experiment.
 
-    total_steps: int
+    Attributes:
+        total_steps, max_train_s: the limit that is met first ends the run; None for no such limit.
+        rate: the learning rate of an update, from the updates and the seconds before it.
+    """
+
+    total_steps: int | None
+    max_train_s: float | None
     logging_steps: int
     save_steps: int
     eval_steps: int
     seed: int
-    peak_lr: float
-    schedule: ScheduleConfig
+    rate: Callable[[int, float], float]
     rows_of_epoch: int
     flops_per_sequence: float
     nsp: bool = True
@@ -51,6 +55,7 @@ class Window:
     samples: int = 0
     tokens: int = 0
     steps: int = 0
+    lr: float = 0.0
     reader_s: float = 0.0
     started_s: float = dataclasses.field(default_factory=time.perf_counter)
 
@@ -74,7 +79,7 @@ def train(
     stop: StopRequest,
     profiler: Any = None,
 ) -> int:
-    """Train to the last step, or until asked to stop; saves in both cases.
+    """Train to the last step, to the end of the time, or until asked to stop; saves in each case.
 
     Args:
         held_out: gives this rank's held-out batches, all of them when called with True; None where
@@ -95,21 +100,29 @@ def train(
     saved_step = state.step
     started_s = time.perf_counter() - state.elapsed_s
     batches = loader.steps(state.samples)
-    while state.step < cfg.total_steps and not exit_code:
+    last_step = math.inf if cfg.total_steps is None else cfg.total_steps
+    budget_s = math.inf if cfg.max_train_s is None else cfg.max_train_s
+    while state.step < last_step and not exit_code:
         waited_s = time.perf_counter()
         batch = next(batches)
         window.reader_s += time.perf_counter() - waited_s
 
-        lr = cfg.peak_lr * schedule.factor(cfg.schedule, state.step, total_steps=cfg.total_steps)
-        exit_code, num_tokens = train_step(engine, batch, window, lr, cfg.seed, stop)
-        state.advance(samples=engine.global_batch_samples, tokens=num_tokens)
+        shared = share(batch, time.perf_counter() - started_s, stop)
+        exit_code = shared.exit_code
+        if shared.elapsed_s >= budget_s:
+            state.elapsed_s = shared.elapsed_s
+            break
+        # As in DeepSpeed, a step that an overflow left out does not move the schedule.
+        window.lr = cfg.rate(state.step - engine.skipped_steps, shared.elapsed_s)
+        train_step(engine, batch, shared, window, cfg.seed)
+        state.advance(samples=engine.global_batch_samples, tokens=shared.num_tokens)
         state.elapsed_s = time.perf_counter() - started_s
         if profiler is not None:
             profiler.step()
 
-        is_last = state.step == cfg.total_steps
+        is_last = state.step == last_step
         if state.step % cfg.logging_steps == 0 or is_last or exit_code:
-            log(engine, window, state, lr, cfg, tracker)  # waits for the device
+            log(engine, window, state, cfg, tracker)  # waits for the device
             window = Window()
         pause_s = time.perf_counter()
         if state.step % cfg.save_steps == 0 or is_last or exit_code:
@@ -121,7 +134,10 @@ def train(
             exit_code = evaluate(engine, held_out(False), state.step, tracker, stop)
         window.started_s += time.perf_counter() - pause_s
     batches.close()  # type: ignore[attr-defined]
-    if saved_step != state.step:  # a signal came during an evaluation on the way
+    # The time was over between two lines, or a signal came during an evaluation on the way.
+    if window.steps:
+        log(engine, window, state, cfg, tracker)
+    if saved_step != state.step:
         check_finite(engine, window, state.step)
         run_state.save(engine, state, run)
     if held_out and not exit_code:
@@ -129,41 +145,65 @@ def train(
     return exit_code
 
 
-def train_step(
-    engine: Engine, batch: StepBatch, window: Window, lr: float, seed: int, stop: StopRequest
-) -> tuple[int, int]:
-    """One optimizer step over the global batch.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What every rank knows before a step, and all know alike.
+
+    Attributes:
+        num_masked: masked positions of the global batch.
+        num_tokens: its tokens, padding not counted.
+        elapsed_s: seconds trained so far, by rank 0's clock: one rate and one end for all.
+        exit_code: of a signal that any rank has received; 0 for none.
+    """
+
+    num_masked: float
+    num_tokens: int
+    elapsed_s: float
+    exit_code: int
+
+
+def share(batch: StepBatch, elapsed_s: float, stop: StopRequest) -> Shared:
+    """Add up what the ranks know; collective."""
+    num_masked, num_tokens, agreed_s, *signals = distributed.all_reduce_sum(
+        [
+            batch.num_masked,
+            batch.num_tokens,
+            elapsed_s if distributed.is_main() else 0.0,
+            *_signal_flags(stop),
+        ]
+    )
+    return Shared(
+        num_masked=num_masked,
+        num_tokens=int(num_tokens),
+        elapsed_s=agreed_s,
+        exit_code=_exit_code(signals),
+    )
+
+
+def train_step(engine: Engine, batch: StepBatch, shared: Shared, window: Window, seed: int) -> None:
+    """One optimizer step over the global batch, at the window's learning rate.
 
     The masked-LM loss is the mean over all masked positions of the global batch, however it is cut
     into ranks and micro-steps; dropout depends on the samples alone.
-
-    Returns:
-        The exit code of a signal that any rank has received (0 for none), and the tokens of the
-        global batch, padding not counted.
     """
-    num_masked, num_tokens, *signals = distributed.all_reduce_sum(
-        [batch.num_masked, batch.num_tokens, *_signal_flags(stop)]
-    )
     for micro, first in zip(batch.micro_batches, batch.first_samples, strict=True):
         torch.manual_seed(dropout_seed(seed, first))
         losses = engine.forward(**{name: x.to(engine.device) for name, x in micro.items()})
-        mlm_share = losses.mlm_loss_sum / max(num_masked, 1)
+        mlm_share = losses.mlm_loss_sum / max(shared.num_masked, 1)
         nsp_share = losses.nsp_loss_sum / engine.global_batch_samples
         engine.backward(mlm_share + nsp_share)
-        engine.step(lr)
+        engine.step(window.lr)
         window.add(losses)
-    window.num_masked += num_masked
+    window.num_masked += shared.num_masked
     window.samples += engine.global_batch_samples
-    window.tokens += int(num_tokens)
+    window.tokens += shared.num_tokens
     window.steps += 1
-    return _exit_code(signals), int(num_tokens)
 
 
 def log(
     engine: Engine,
     window: Window,
     state: TrainState,
-    lr: float,
     cfg: LoopConfig,
     tracker: Tracker | None,
 ) -> None:
@@ -188,7 +228,7 @@ def log(
         "train/loss": mlm_loss + nsp_loss,
         "train/mlm_loss": mlm_loss,
         "train/nsp_loss": nsp_loss if cfg.nsp else None,
-        "train/lr": lr,
+        "train/lr": window.lr,
         "train/grad_norm": engine.grad_norm,
         "train/loss_scale": engine.loss_scale,
         "train/skipped_steps": engine.skipped_steps,

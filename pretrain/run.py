@@ -42,7 +42,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--vocab_file", metavar="FILE", help="for shards with no vocab.txt beside them")
     add("--output_dir", metavar="DIR", help="default: runs/<the JSON's name>")
     add("--max_steps", type=int, metavar="N", help="optimizer steps; -1: no limit")
-    add("--num_train_epochs", type=float, metavar="X", help="the earlier of both ends the run")
+    add("--max_samples", type=int, metavar="N", help="sequences")
+    add("--num_train_epochs", type=float, metavar="X", help="the earliest limit ends the run")
+    add("--max_train_s", type=float, metavar="X", help="seconds of training; resuming counts on")
+    add(
+        "--schedule_by",
+        dest="by",
+        choices=("steps", "time"),
+        help="what the learning rate follows: steps (default), or the time of --max_train_s",
+    )
     add("--resume", default="auto", metavar="auto|never|DIR", help="default: auto")
     add("--init_from", metavar="MODEL", help="start from a model folder's weights")
     add("--seed", type=int, metavar="N")

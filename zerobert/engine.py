@@ -169,11 +169,6 @@ def check_served(ds_config: Mapping[str, Any]) -> None:
             raise ConfigError(f"zero_optimization.{name} is not served; remove it")
     for name, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
         _check_offload(zero.get(name) or {}, f"zero_optimization.{name}", stage, lowest)
-    if "scheduler" in ds_config:
-        raise ConfigError(
-            'the "scheduler" section is not served; describe the schedule in bert.schedule '
-            '("name", "warmup_steps" or "warmup_proportion", "degree")'
-        )
     if ds_config.get("checkpoint", {}).get("load_universal", False):
         raise ConfigError("checkpoint.load_universal is not served yet; remove it")
 

@@ -1,6 +1,7 @@
 """LAMB with exact per-parameter trust ratios under ZeRO, AdamW, and parameter groups."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -13,21 +14,59 @@ from zerobert.errors import ConfigError
 from zerobert.kernels import lamb
 
 NO_DECAY = ("bias", "LayerNorm.weight")
+_LAYER = re.compile(r"\bencoder\.layer\.(\d+)\.")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float | None = None
+) -> list[dict[str, Any]]:
     """Two groups, `decay` and `no_decay`: biases and LayerNorm are not decayed.
 
-    Source: google-research/bert optimization.py, exclude_from_weight_decay.
+    Args:
+        layer_decay: split both by depth, and give each group an `lr_factor` for whoever sets the
+            rate: 1 for all that is above the encoder's layers, this factor for the last of them,
+            its square for the one before, and so on down to the embeddings.
+
+    Source: google-research/bert optimization.py, exclude_from_weight_decay. Layers: Clark et al.
+    2020 (arXiv:2003.10555), as its author means them (google-research/electra issue 51): ELECTRA's
+    code multiplies all below the head once more, for a pooler that it no longer has.
     """
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (no_decay if name.endswith(NO_DECAY) else decay).append(parameter)
-    return [
+    groups: list[dict[str, Any]] = [
         {"name": "decay", "params": decay, "weight_decay": weight_decay},
         {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
+    ]
+    return groups if layer_decay is None else _by_depth(model, groups, layer_decay)
+
+
+def _by_depth(
+    model: nn.Module, groups: list[dict[str, Any]], layer_decay: float
+) -> list[dict[str, Any]]:
+    """Each group cut by depth: 0 for the embeddings, then the layers, then what is above them."""
+    layer_of = {
+        parameter: int(found[1]) + 1
+        for name, parameter in model.named_parameters()
+        if (found := _LAYER.search(name))
+    }
+    top = max(layer_of.values(), default=0) + 1
+    depth_of = {
+        parameter: layer_of.get(parameter, 0 if "embeddings." in name else top)
+        for name, parameter in model.named_parameters()
+    }
+    return [
+        {
+            **group,
+            "name": f"{group['name']}_{depth}",
+            "params": parameters,
+            "lr_factor": layer_decay ** (top - depth),
+        }
+        for group in groups
+        for depth in range(top + 1)
+        if (parameters := [p for p in group["params"] if depth_of[p] == depth])
     ]
 
 

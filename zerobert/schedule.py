@@ -1,7 +1,8 @@
-"""Learning-rate schedules: the factor of the peak rate as a pure function of the step.
+"""Learning-rate schedules: the rate as a pure function of how far a run is.
 
-Steps are counted from 0: `factor(step)` is what the update number `step + 1` uses. Every schedule
-warms up linearly and reaches the peak with the last step of the warm-up.
+How far is counted in the schedule's own unit: optimizer steps, or the seconds of a budget. Steps
+count from 0: `factor(step)` is what the update number `step + 1` uses, so that the last step of a
+warm-up has the peak. A time is that at which the update begins.
 """
 
 import dataclasses
@@ -15,90 +16,139 @@ from zerobert.errors import ConfigError
 class ScheduleConfig:
     """The JSON's `"schedule"` section; the peak rate is the optimizer's `lr`.
 
+    Every schedule warms up in a straight line, and all but `constant` then fall from the peak.
+
     Attributes:
-        name: `linear` falls to 0; `nvidia_polynomial` is NVIDIA's (1 - step / total)^degree, which
-            falls at once from 1 when the warm-up ends; `polynomial` starts its fall there instead.
-        warmup_steps: steps of linear warm-up; wins over the proportion where both are given.
-        warmup_proportion: warm-up as a share of all steps.
+        name: the form of the fall. `linear`; `polynomial`, a power of what is left after the
+            warm-up; `nvidia_polynomial`, that power of what is left of the whole run, which falls
+            at once when the warm-up ends; `cosine`, half a wave; `wsd` (warm-up, stable, decay)
+            stays at the peak until its decay; `constant`.
+        by: `steps`, or `time` as a share of the run's `max_train_s`.
+        warmup_steps: wins over the proportion where both are given; none with `time`.
+        warmup_proportion: warm-up as a share of the whole run.
+        warmup_min_ratio: the share of the peak that the warm-up starts from.
+        min_lr_ratio: the share of the peak that the fall ends at.
         degree: the exponent of the polynomials.
+        decay_steps: the length of `wsd`'s decay at the end of the run; wins over the proportion;
+            none with `time`.
+        decay_proportion: that length as a share of the whole run.
+        decay_type: the form of that decay.
+
+    Source: nvidia_polynomial: NVIDIA DeepLearningExamples, PyTorch BERT, schedulers.py
+    (PolyWarmUpScheduler). wsd: Hu et al. 2024 (arXiv:2404.06395), whose decay of a tenth is the
+    default; its forms: Haegele et al. 2024 (arXiv:2405.18392). time: Izsak et al. 2021
+    (arXiv:2104.07705).
     """
 
-    name: Literal["linear", "nvidia_polynomial", "polynomial", "cosine", "constant"] = "linear"
+    name: Literal["linear", "nvidia_polynomial", "polynomial", "cosine", "wsd", "constant"] = (
+        "linear"
+    )
+    by: Literal["steps", "time"] = "steps"
     warmup_steps: int | None = None
     warmup_proportion: float = 0.0
+    warmup_min_ratio: float = 0.0
+    min_lr_ratio: float = 0.0
     degree: float = 1.0
+    decay_steps: int | None = None
+    decay_proportion: float = 0.1
+    decay_type: Literal["linear", "1-sqrt"] = "linear"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.warmup_proportion <= 1:
-            raise ConfigError(f"warmup_proportion: wanted 0 to 1, got {self.warmup_proportion}")
-        if self.warmup_steps is not None and self.warmup_steps < 0:
-            raise ConfigError(f"warmup_steps: wanted at least 0, got {self.warmup_steps}")
-        if self.degree <= 0:
+        for name in ("warmup_proportion", "warmup_min_ratio", "min_lr_ratio", "decay_proportion"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}: wanted 0 to 1, got {getattr(self, name)}")
+        for name in ("warmup_steps", "decay_steps"):
+            steps = getattr(self, name)
+            if steps is not None and steps < 0:
+                raise ConfigError(f"{name}: wanted at least 0, got {steps}")
+            if steps is not None and self.by == "time":
+                share = name.replace("steps", "proportion")
+                raise ConfigError(f"{name}: this schedule goes by time; give {share} instead")
+        if not 0 < self.degree < math.inf:
             raise ConfigError(f"degree: wanted above 0, got {self.degree}")
+        # A setting that nothing reads is a mistake about the schedule's name.
+        strange = [
+            field.name
+            for field in dataclasses.fields(self)
+            if (field.name.startswith("decay_") and self.name != "wsd")
+            or (field.name == "min_lr_ratio" and self.name == "constant")
+            if getattr(self, field.name) != field.default
+        ]
+        if strange:
+            raise ConfigError(f"{strange[0]}: schedule {self.name} has none; remove it")
 
 
-def warmup_steps(config: ScheduleConfig, total_steps: int) -> int:
-    """The length of the warm-up in steps."""
-    if config.warmup_steps is not None:
-        return config.warmup_steps
-    return round(config.warmup_proportion * total_steps)
+def rate(
+    config: ScheduleConfig,
+    step: int,
+    elapsed_s: float,
+    *,
+    peak_lr: float,
+    total_steps: int | None,
+    max_train_s: float | None,
+) -> float:
+    """The learning rate of an update.
 
-
-def factor(config: ScheduleConfig, step: int, *, total_steps: int) -> float:
-    """The share of the peak rate that step `step` of `total_steps` uses, from 0 to 1."""
-    warmup = warmup_steps(config, total_steps)
-    match config.name:
-        case "linear":
-            return linear(step, total_steps=total_steps, warmup_steps=warmup)
-        case "nvidia_polynomial":
-            return nvidia_polynomial(
-                step, total_steps=total_steps, warmup_steps=warmup, degree=config.degree
-            )
-        case "polynomial":
-            return polynomial(
-                step, total_steps=total_steps, warmup_steps=warmup, degree=config.degree
-            )
-        case "cosine":
-            return cosine(step, total_steps=total_steps, warmup_steps=warmup)
-        case "constant":
-            return constant(step, warmup_steps=warmup)
-
-
-def constant(step: int, *, warmup_steps: int) -> float:
-    """Warm up, then stay at the peak."""
-    return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-
-
-def linear(step: int, *, total_steps: int, warmup_steps: int) -> float:
-    """Warm up, then fall in a straight line that would reach 0 one step after the last."""
-    return polynomial(step, total_steps=total_steps, warmup_steps=warmup_steps, degree=1.0)
-
-
-def polynomial(step: int, *, total_steps: int, warmup_steps: int, degree: float) -> float:
-    """Warm up, then fall as (share of the steps after the warm-up that are left)^degree."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return math.pow(_share_left(step - warmup_steps, total_steps - warmup_steps), degree)
-
-
-def nvidia_polynomial(step: int, *, total_steps: int, warmup_steps: int, degree: float) -> float:
-    """Warm up, then fall as (share of all steps left)^degree, with the jump that this makes.
-
-    Source: NVIDIA DeepLearningExamples, PyTorch BERT, schedulers.py (PolyWarmUpScheduler), where
-    the progress after warm-up is measured from the first step of the run.
+    Args:
+        step: the updates made before.
+        elapsed_s: the seconds trained before.
+        total_steps: of the run; needed by a schedule that goes by steps.
+        max_train_s: the run's budget; needed by a schedule that goes by time.
     """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return math.pow(_share_left(step, total_steps), degree)
+    done, total = (elapsed_s, max_train_s) if config.by == "time" else (step, total_steps)
+    assert total is not None
+    return peak_lr * factor(config, done, total=total)
 
 
-def cosine(step: int, *, total_steps: int, warmup_steps: int) -> float:
-    """Warm up, then fall along half a cosine to 0."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    left = _share_left(step - warmup_steps, total_steps - warmup_steps)
-    return 0.5 * (1 - math.cos(math.pi * left))
+def factor(config: ScheduleConfig, done: float, *, total: float) -> float:
+    """The share of the peak rate, from 0 to 1, that an update uses.
+
+    Args:
+        done: steps or seconds before it.
+        total: steps or seconds of the whole run.
+    """
+    warmup = _length(config.warmup_steps, config.warmup_proportion, config, total)
+    if done < warmup:
+        # A step counts as taken; when an update of a schedule by time will end, nobody knows.
+        reached = done + 1 if config.by == "steps" else done
+        return _between(config.warmup_min_ratio, reached / warmup)
+    return _between(config.min_lr_ratio, _fall(config, done, total, warmup))
 
 
-def _share_left(done: int, total: int) -> float:
+def _fall(config: ScheduleConfig, done: float, total: float, warmup: float) -> float:
+    """What is left, from 1 to 0, of the way down to the lowest rate."""
+    left = _share_left(done - warmup, total - warmup)
+    match config.name:
+        case "constant":
+            return 1.0
+        case "linear":
+            return left
+        case "polynomial":
+            return math.pow(left, config.degree)
+        case "nvidia_polynomial":
+            return math.pow(_share_left(done, total), config.degree)
+        case "cosine":
+            return 0.5 * (1 - math.cos(math.pi * left))
+        case "wsd":
+            decay = _length(config.decay_steps, config.decay_proportion, config, total)
+            decay = min(decay, total - warmup)
+            if done < total - decay:
+                return 1.0
+            left = _share_left(done - (total - decay), decay)
+            return left if config.decay_type == "linear" else 1 - math.sqrt(1 - left)
+
+
+def _length(steps: int | None, share: float, config: ScheduleConfig, total: float) -> float:
+    """The length of a warm-up or a decay, in the schedule's unit."""
+    if steps is not None:
+        return steps
+    return share * total if config.by == "time" else round(share * total)
+
+
+def _share_left(done: float, total: float) -> float:
     return max(0.0, 1 - done / total) if total > 0 else 0.0
+
+
+def _between(lowest: float, share: float) -> float:
+    """That share of the way from the lowest rate to the peak."""
+    return lowest + (1 - lowest) * share

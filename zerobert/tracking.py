@@ -126,13 +126,13 @@ def write_status(output_dir: Path, state: State, exit_code: int | None, **extra:
     write_json(output_dir / STATUS_NAME, status)
 
 
-def read_status(output_dir: Path) -> str | None:
-    """The `state` that `write_status` wrote last; None where there is none that can be read."""
+def read_status(output_dir: Path) -> dict[str, Any]:
+    """What `write_status` wrote last; empty where there is nothing that can be read."""
     try:
         status = json.loads((output_dir / STATUS_NAME).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError):
-        return None
-    return status.get("state") if isinstance(status, dict) else None
+        return {}
+    return status if isinstance(status, dict) else {}
 
 
 def _finite(value: float | None) -> float | None:

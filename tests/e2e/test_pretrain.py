@@ -1,6 +1,8 @@
 """Pretraining as its users start it: each test runs the command in processes of its own."""
 
+import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -19,6 +21,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from zerobert.schedule import ScheduleConfig, factor
 from zerobert.shards import write_shard
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -234,6 +237,69 @@ def test_killed_and_run_again_equals_unbroken(data: Path, unbroken: Path, tmp_pa
     assert len(_metrics(tmp_path)) == len(_metrics(unbroken))
     for name, weight in _weights(unbroken).items():
         assert torch.equal(weight, _weights(tmp_path)[name]), name
+
+
+def test_a_run_by_time_ends_with_its_budget_however_often_it_stops(
+    data: Path, tmp_path: Path
+) -> None:
+    budget_s, peak = 8.0, 0.01
+    run = {"max_train_s": budget_s, "max_steps": None, "save_steps": 10, "eval_steps": 0}
+    schedule = {"by": "time", "warmup_steps": None, "warmup_proportion": 0.25}
+    config = _varied(tmp_path, run=run, schedule=schedule)
+    out = tmp_path / "out"
+    command = _command(data, out, "--deepspeed_config", str(config))
+    process = subprocess.Popen(
+        command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    _wait_for(out / "state_10", process)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 143, stderr
+    stopped = json.loads((out / "status.json").read_text())
+    again = _run(command)
+    assert again.returncode == 0, again.stderr
+    assert f"at step {stopped['step']} of 8 s" in again.stdout
+    status = json.loads((out / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("done", _metrics(out)[-1]["step"])
+    assert (out / f"model_{status['step']}").is_dir()
+
+    lines = [line for line in _metrics(out) if "train/lr" in line]
+    assert [line["step"] for line in lines] == list(range(1, status["step"] + 1))
+    config_of_rate = ScheduleConfig(by="time", warmup_proportion=0.25)
+    for before, line in itertools.pairwise([{"elapsed_s": 0.0}, *lines]):
+        # The rate is that of the moment when the step began, between two lines.
+        moments = [before["elapsed_s"], line["elapsed_s"]]
+        if moments[0] <= budget_s / 4 <= moments[1]:
+            moments.append(budget_s / 4)
+        factors = [factor(config_of_rate, moment, total=budget_s) for moment in moments]
+        assert min(factors) <= line["train/lr"] / peak <= max(factors), line
+    assert lines[-2]["elapsed_s"] < budget_s <= status["elapsed_s"]
+    evaluations = [line["step"] for line in _metrics(out) if "eval/mlm_loss" in line]
+    assert evaluations == [status["step"]]
+
+    before_again = _metrics(out)
+    once_more = _run(command)
+    assert once_more.returncode == 0, once_more.stderr
+    assert "complete" in once_more.stdout
+    assert _metrics(out) == before_again
+
+
+def test_deepspeed_s_scheduler_is_followed(data: Path, tmp_path: Path) -> None:
+    params = {"warmup_num_steps": 2, "warmup_type": "linear", "total_num_steps": 5}
+    experiment: dict[str, Any] = {**EXPERIMENT, "bert": {**EXPERIMENT["bert"]}}
+    del experiment["bert"]["schedule"]
+    experiment["scheduler"] = {"type": "WarmupCosineLR", "params": params}
+    path = tmp_path / "scheduled.json"
+    path.write_text(json.dumps(experiment))
+    flags = ["--deepspeed_config", str(path), "--max_steps", "5"]
+    done = _run(_command(data, tmp_path / "out", *flags))
+    assert done.returncode == 0, done.stderr
+    assert "learning rate: DeepSpeed's WarmupCosineLR" in done.stdout
+    rates = [line["train/lr"] for line in _metrics(tmp_path / "out") if "train/lr" in line]
+    third = 1e-4 + (1 - 1e-4) * (1 + math.cos(math.pi / 3)) / 2
+    two_thirds = 1e-4 + (1 - 1e-4) * (1 + math.cos(math.pi * 2 / 3)) / 2
+    assert rates[:2] == [0.0, 0.0]
+    assert rates[2:] == pytest.approx([0.005, 0.01 * third, 0.01 * two_thirds])
 
 
 def test_resuming_under_other_settings_is_refused(data: Path, unbroken: Path) -> None:

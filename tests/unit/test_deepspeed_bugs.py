@@ -34,7 +34,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @wrong(
     "step() divides by a loss scale that backward() has not multiplied by",
-    "check_served need not refuse fp16 at stage 0 for its loss scale",
+    "Engine.backward need not scale the loss at stage 0",
 )
 def test_fp16_at_stage_0_updates_by_the_gradient(measured: dict[str, Any]) -> None:
     assert measured["fp16 update at stage 0"] == pytest.approx(1, rel=0.01)  # 0.0007
@@ -51,7 +51,7 @@ def test_fp16_at_stage_0_reports_an_unscaled_norm(measured: dict[str, Any]) -> N
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @wrong(
     "initialisation takes an optimizer step with zero gradients",
-    "check_served need not refuse 16 bits at stage 0 for it",
+    "Engine._undo_hidden_step can go",
 )
 def test_the_first_step_at_stage_0_is_the_first(measured: dict[str, Any], precision: str) -> None:
     # AdamW's first update is the learning rate itself; its second, of one gradient, is less.
@@ -61,7 +61,7 @@ def test_the_first_step_at_stage_0_is_the_first(measured: dict[str, Any], precis
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @wrong(
     "gradients are unscaled by the loss scale of the next step, halved when it has grown",
-    "nothing needs to delay the growth",
+    "Engine._grow_scale_after_step can go",
 )
 def test_fp16_unscales_by_the_scale_it_was_scaled_by(measured: dict[str, Any], stage: int) -> None:
     updates = measured[f"growing scale at stage {stage}"]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from finetune import loop
 from finetune.data import Examples
@@ -209,6 +210,24 @@ def test_log_lines_have_paddlenlps_form(capsys) -> None:
     assert found == [("2", "0", "2"), ("4", "1", "1"), ("6", "1", "3")]
 
 
+def test_layer_decay_lowers_the_rate_of_each_layer_below_the_head() -> None:
+    seen: list[dict[str, float]] = []
+
+    def note(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        seen.append({group["name"]: group["lr"] for group in optimizer.param_groups})
+
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        run(dataclasses.replace(SETTINGS, max_steps=2, layer_decay=0.5))
+    finally:
+        handle.remove()
+    # One layer: embeddings, layer, pooler and head; the second step is half way down.
+    for rates, rate in zip(seen, [1e-2, 0.5e-2], strict=True):
+        for kind in ("decay", "no_decay"):
+            got = [rates[f"{kind}_{depth}"] for depth in range(3)]
+            assert got == pytest.approx([rate / 4, rate / 2, rate])
+
+
 def test_same_seed_same_weights() -> None:
     (first, _), (again, _) = run(SETTINGS), run(SETTINGS)
     for name, tensor in first.items():
@@ -264,6 +283,8 @@ def test_a_loss_that_is_no_number_stops_the_run() -> None:
         ("save_steps", -5),
         ("logging_steps", 0),
         ("weight_decay", -0.1),
+        ("layer_decay", 0.0),
+        ("layer_decay", 1.5),
         ("learning_rate", math.nan),
     ],
 )

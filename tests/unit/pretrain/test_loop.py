@@ -1,23 +1,31 @@
-"""What the loop does around a step: when it saves, evaluates and ends."""
+"""What the loop does around a step: its rate, when it saves and evaluates, and what ends it."""
 
+import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pretrain import loop
+from pretrain.data import StepBatch
 from pretrain.loop import LoopConfig
 from pretrain.state import TrainState
+from tests.ranks import run_ranks
 from zerobert.errors import EXIT_TERMINATED
-from zerobert.schedule import ScheduleConfig
 
 Run = Callable[..., tuple[int, list[str]]]
+WORKER = Path(__file__).resolve().parents[2] / "workers" / "budget.py"
+STEP_S = 10.0
 
 
 class FakeEngine:
-    """Trains on nothing."""
+    """Trains on nothing; leaves out the steps that it is told to."""
 
     global_batch_samples = 4
+
+    def __init__(self) -> None:
+        self.skipped_steps = 0
 
     def train(self) -> None:
         pass
@@ -28,7 +36,7 @@ class FakeLoader:
 
     def steps(self, first_sample: int) -> Any:
         while True:
-            yield None
+            yield StepBatch(micro_batches=(), first_samples=(), num_masked=3, num_tokens=5)
 
 
 class Stop:
@@ -39,47 +47,72 @@ class Stop:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`train` with everything but its own decisions replaced; gives its code and what it did."""
+    """`train` with everything but its own decisions replaced; gives its code and what it did.
+
+    Each step takes ten seconds of a clock that starts anywhere.
+    """
 
     def go(
         *,
         signal_step: int | None = None,
         evaluation: int | None = None,
-        first_step: int = 0,
         exit_code: int = 0,
+        state: TrainState | None = None,
+        skip: tuple[int, ...] = (),
+        rates: list[tuple[int, float]] | None = None,
+        **limits: Any,
     ) -> tuple[int, list[str]]:
         did: list[str] = []
-        state = TrainState(step=first_step)
+        engine, stop = FakeEngine(), Stop()
+        stop.exit_code = exit_code
+        state = TrainState() if state is None else state
+        now_s = [1234.5]
 
-        def train_step(*_: object) -> tuple[int, int]:
-            return (EXIT_TERMINATED if state.step + 1 == signal_step else 0), 0
+        def train_step(
+            engine: Any, batch: Any, shared: Any, window: loop.Window, seed: int
+        ) -> None:
+            now_s[0] += STEP_S
+            window.steps += 1
+            engine.skipped_steps += state.step + 1 in skip
+
+        def share(batch: StepBatch, elapsed_s: float, stop: Any) -> loop.Shared:
+            if state.step + 1 == signal_step:
+                stop.exit_code = EXIT_TERMINATED
+            return real_share(batch, elapsed_s, stop)
 
         def evaluate(engine: object, batches: object, step: int, *_: object) -> int:
             did.append(f"evaluate {step} {batches}")
             return EXIT_TERMINATED if step == evaluation else 0
 
+        def rate(step: int, elapsed_s: float) -> float:
+            if rates is not None:
+                rates.append((step, elapsed_s))
+            return 1.0
+
+        real_share = loop.share
+        monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: now_s[0]))
         monkeypatch.setattr(loop, "train_step", train_step)
+        monkeypatch.setattr(loop, "share", share)
         monkeypatch.setattr(loop, "evaluate", evaluate)
-        monkeypatch.setattr(loop, "log", lambda *_: None)
+        monkeypatch.setattr(loop, "log", lambda *_: did.append(f"log {state.step}"))
         monkeypatch.setattr(loop, "check_finite", lambda *_: did.append(f"check {state.step}"))
         monkeypatch.setattr(loop.run_state, "save", lambda *_: did.append(f"save {state.step}"))
+        settings: dict[str, Any] = {"total_steps": 6, "max_train_s": None, "logging_steps": 100}
         config = LoopConfig(
-            total_steps=6,
-            logging_steps=100,
+            **{**settings, **limits},
             save_steps=4,
             eval_steps=3,
             seed=0,
-            peak_lr=1.0,
-            schedule=ScheduleConfig(),
+            rate=rate,
             rows_of_epoch=8,
             flops_per_sequence=1.0,
             peak_flops=None,
         )
-        stop = Stop()
-        stop.exit_code = exit_code
-        parts: list[Any] = [FakeEngine(), FakeLoader(), lambda everything: everything]
+        parts: list[Any] = [engine, FakeLoader(), lambda everything: everything]
         rest: list[Any] = [None, None, stop]
-        return loop.train(*parts, state, config, *rest), did
+        code = loop.train(*parts, state, config, *rest)
+        monkeypatch.setattr(loop, "share", real_share)
+        return code, did
 
     return go
 
@@ -87,21 +120,68 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 def test_it_saves_before_the_last_evaluation_of_all_rows(run: Run) -> None:
     code, did = run()
     assert code == 0
-    assert did == ["evaluate 3 False", "check 4", "save 4", "check 6", "save 6", "evaluate 6 True"]
+    assert did == [
+        *["evaluate 3 False", "check 4", "save 4"],
+        *["log 6", "check 6", "save 6", "evaluate 6 True"],
+    ]
 
 
 def test_a_signal_saves_and_evaluates_no_more(run: Run) -> None:
-    assert run(signal_step=2) == (EXIT_TERMINATED, ["check 2", "save 2"])
+    assert run(signal_step=2) == (EXIT_TERMINATED, ["log 2", "check 2", "save 2"])
 
 
 def test_a_signal_during_an_evaluation_saves_what_was_trained(run: Run) -> None:
     code, did = run(evaluation=3)
-    assert (code, did) == (EXIT_TERMINATED, ["evaluate 3 False", "check 3", "save 3"])
+    assert code == EXIT_TERMINATED
+    assert did == ["evaluate 3 False", "log 3", "check 3", "save 3"]
 
 
 def test_a_run_that_ended_in_its_last_evaluation_makes_it_again(run: Run) -> None:
-    assert run(first_step=6) == (0, ["evaluate 6 True"])
+    assert run(state=TrainState(step=6)) == (0, ["evaluate 6 True"])
 
 
 def test_a_signal_before_the_first_step_ends_at_once(run: Run) -> None:
     assert run(exit_code=EXIT_TERMINATED) == (EXIT_TERMINATED, [])
+
+
+def test_the_time_ends_a_run_as_its_last_step_does(run: Run) -> None:
+    state, rates = TrainState(), []
+    code, did = run(state=state, rates=rates, total_steps=None, max_train_s=45.0)
+    # The fifth step begins at 40 s; at 50 s there is no time for a sixth.
+    assert rates == [(0, 0.0), (1, 10.0), (2, 20.0), (3, 30.0), (4, 40.0)]
+    assert (code, state.step, state.samples, state.tokens) == (0, 5, 20, 25)
+    assert state.elapsed_s == 50.0
+    assert did[-4:] == ["log 5", "check 5", "save 5", "evaluate 5 True"]
+
+
+def test_the_earlier_of_steps_and_time_ends_a_run(run: Run) -> None:
+    state = TrainState()
+    run(state=state, total_steps=3, max_train_s=1000.0)
+    assert state.step == 3
+    state = TrainState()
+    run(state=state, total_steps=3, max_train_s=15.0)
+    assert state.step == 2
+
+
+def test_a_resumed_run_counts_on(run: Run) -> None:
+    state, rates = TrainState(step=3, elapsed_s=30.0), []
+    run(state=state, rates=rates, total_steps=None, max_train_s=45.0)
+    assert rates == [(3, 30.0), (4, 40.0)]
+    assert (state.step, state.elapsed_s) == (5, 50.0)
+
+
+def test_a_run_whose_time_is_over_only_evaluates(run: Run) -> None:
+    state = TrainState(step=5, elapsed_s=50.0)
+    assert run(state=state, total_steps=None, max_train_s=45.0) == (0, ["evaluate 5 True"])
+    assert state.step == 5
+
+
+def test_a_step_that_overflowed_does_not_move_the_schedule(run: Run) -> None:
+    state, rates = TrainState(), []
+    run(state=state, rates=rates, skip=(1, 2, 4))
+    assert [step for step, _ in rates] == [0, 0, 0, 1, 1, 2]
+    assert state.step == 6
+
+
+def test_two_ranks_take_one_rate_and_stop_together(tmp_path: Path) -> None:
+    run_ranks(WORKER, 2, str(tmp_path / "run"))

@@ -25,12 +25,12 @@ from zerobert.config import BertConfig
 from zerobert.errors import ConfigError
 from zerobert.model import BertForPreTraining
 from zerobert.optim import AdamWParams, LambParams
-from zerobert.schedule import warmup_steps
 from zerobert.tokenizer import SPECIAL_TOKENS, WordPieceTokenizer
 
 RECIPES = [
     "bert_base",
     "bert_base_adamw_bf16",
+    "bert_large_24h",
     "bert_large_phase1",
     "bert_large_phase2",
     "bert_tiny_cpu",
@@ -205,7 +205,6 @@ def test_the_vocabulary_decides_its_size(tmp_path: Path) -> None:
         ({"bert": None}, r"mine\.json: bert: wanted an object"),
         ({"optimizer": {"type": "SGD"}}, r"optimizer\.type: wanted Lamb or AdamW, got 'SGD'"),
         ({"optimizer": {"type": "Lamb", "params": {"learning_rate": 1}}}, "'learning_rate'"),
-        ({"scheduler": {"type": "WarmupLR"}}, "bert.schedule"),
         (
             {
                 "gradient_clipping": 0.5,
@@ -213,6 +212,20 @@ def test_the_vocabulary_decides_its_size(tmp_path: Path) -> None:
             },
             "they are the same thing; give one",
         ),
+        ({"scheduler": {"type": "OneCycle"}}, r"mine\.json: scheduler\.type: OneCycle is not"),
+        (
+            {"scheduler": {"type": "WarmupLR"}, "bert": {"schedule": {}}},
+            'has DeepSpeed\'s "scheduler" section and bert.schedule: remove one',
+        ),
+        (
+            {"bert": {"schedule": {"by": "time"}, "run": {"max_steps": 5}}},
+            "goes by time needs to know how long: give --max_train_s",
+        ),
+        (
+            {"bert": {"run": {"max_train_s": 60}}},
+            "max_train_s alone .* the schedule goes by steps: give --schedule_by time, or",
+        ),
+        ({"bert": {"run": {"max_samples": 0}}}, "max_samples: wanted above 0, got 0"),
     ],
 )
 def test_each_mistake_in_the_json_is_named(
@@ -239,6 +252,8 @@ def test_a_misspelt_key_of_the_model_is_named(tmp_path: Path) -> None:
         (["--seed", "-1"], "seed: wanted at least 0, got -1"),
         (["--warmup_steps", "-5"], "warmup_steps: wanted at least 0, got -5"),
         (["--learning_rate", "-1"], "must not be negative"),
+        (["--max_train_s", "nan"], "max_train_s: wanted above 0, got nan"),
+        (["--schedule_by", "time"], "warmup_steps: this schedule goes by time"),
     ],
 )
 def test_each_mistake_in_the_flags_is_named(flags: list[str], message: str) -> None:
@@ -319,9 +334,13 @@ def test_batch_sizes_that_do_not_multiply_are_refused(
         ({"max_steps": 7, "num_train_epochs": 1e5}, 7),
         ({"max_steps": 1000, "num_train_epochs": 2.0}, 21),
         ({"num_train_epochs": 1e5}, 1_010_000),
+        ({"max_samples": 70}, 7),
+        ({"max_samples": 71, "max_steps": 9}, 8),
+        ({"max_train_s": 60.0}, None),
+        ({"max_train_s": 60.0, "max_steps": 9}, 9),
     ],
 )
-def test_the_earlier_limit_ends_the_run(limits: dict[str, Any], steps: int) -> None:
+def test_the_earliest_limit_ends_the_run(limits: dict[str, Any], steps: int | None) -> None:
     assert total_steps(RunConfig(**limits), num_rows=101, global_samples=10) == steps
 
 
@@ -400,13 +419,14 @@ def test_nvidia_s_recipe_in_numbers(
     assert config.deepspeed["fp16"] == {"enabled": True, "initial_scale_power": 20}
     assert config.bert.run.max_steps == steps
     assert (config.bert.schedule.name, config.bert.schedule.degree) == ("nvidia_polynomial", 0.5)
-    assert warmup_steps(config.bert.schedule, steps) == warmup
+    rates = [config.rate(step, 0.0, total_steps=steps) for step in range(steps)]
+    assert rates.index(lr) == warmup - 1
     model = config.model(30522)
     assert (model.num_hidden_layers, model.hidden_size) == (24, 1024)
 
 
 def identity_of(
-    config: PretrainConfig, world_size: int = 1, steps: int = 50, rows: int = 10
+    config: PretrainConfig, world_size: int = 1, steps: int | None = 50, rows: int = 10
 ) -> dict[str, Any]:
     """As it is read back from a saved state."""
     flat = identity(
@@ -434,6 +454,8 @@ BASE: dict[str, Any] = {
         "--tracker wandb",
         "--input_dir elsewhere --eval_dir there --vocab_file v.txt",
         "--max_steps 50 --num_train_epochs 1e5",
+        "--max_train_s 60",
+        "--max_samples 1600",
     ],
 )
 def test_a_resumed_run_may_change_this(tmp_path: Path, flags: str) -> None:
@@ -479,3 +501,80 @@ def test_another_length_or_other_data_is_another_run(tmp_path: Path) -> None:
         check_same_run(identity_of(config), identity_of(config, steps=60), "s")
     with pytest.raises(ConfigError, match=r"data\.rows was 10, is 11"):
         check_same_run(identity_of(config), identity_of(config, rows=11), "s")
+
+
+def test_by_time_the_budget_makes_the_run_and_its_steps_do_not(tmp_path: Path) -> None:
+    raw = {**BASE, "bert": {"model": {"size": "tiny"}, "schedule": {"by": "time"}}}
+    before = identity_of(resolved(tmp_path, raw, "--max_train_s", "60"), steps=None)
+    check_same_run(
+        before,
+        identity_of(resolved(tmp_path, raw, "--max_train_s", "60", "--max_steps", "9"), steps=9),
+        "state_3",
+    )
+    with pytest.raises(ConfigError, match=r"max_train_s was 60\.0, is 90\.0"):
+        check_same_run(before, identity_of(resolved(tmp_path, raw, "--max_train_s", "90")), "s")
+    other = resolved(
+        tmp_path, raw, "--max_train_s", "60", "--max_steps", "9", "--schedule_by=steps"
+    )
+    with pytest.raises(ConfigError, match=r"bert\.schedule\.by was 'time', is 'steps'"):
+        check_same_run(before, identity_of(other), "s")
+
+
+def test_academic_budget_s_recipe_in_numbers(repository: Path) -> None:
+    config = recipe(repository, "bert_large_24h")
+    hours = [0, 0.72, 1.44, 12.72, 24]
+    rates = [config.rate(10**6, 3600 * hour, total_steps=None) for hour in hours]
+    assert rates == pytest.approx([0, 5e-4, 1e-3, 5e-4, 0])
+    assert (config.bert.data.nsp, config.deepspeed["gradient_clipping"]) == (False, 0.0)
+
+
+SCHEDULED: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 4,
+    "optimizer": {"type": "AdamW", "params": {"lr": 3e-4}},
+    "scheduler": {
+        "type": "WarmupDecayLR",
+        "params": {"total_num_steps": 10, "warmup_num_steps": 4, "warmup_max_lr": 1e-2},
+    },
+    "bert": {"run": {"max_steps": 12}},
+}
+
+
+def test_deepspeed_s_scheduler_sets_the_rate(tmp_path: Path) -> None:
+    scheduled = {**SCHEDULED["scheduler"]["params"], "warmup_type": "linear"}
+    raw = {**SCHEDULED, "scheduler": {"type": "WarmupDecayLR", "params": scheduled}}
+    config = resolved(tmp_path, raw)
+    rates = [config.rate(step, 99.0, total_steps=12) for step in range(12)]
+    # The peak is the scheduler's, not the optimizer's.
+    wanted = [0, 0, 1 / 4, 2 / 4, 3 / 4, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]
+    assert rates == pytest.approx([1e-2 * share for share in wanted])
+    # Its lengths are its own: the run may be of any.
+    assert resolved(tmp_path, raw, "--max_train_s", "60", "--max_steps", "-1").scheduler
+
+
+def test_deepspeed_s_scheduler_runs_again_and_is_part_of_the_run(tmp_path: Path) -> None:
+    config = resolved(tmp_path, SCHEDULED)
+    again = resolved(tmp_path, resolved_json(config, config.model(100)))
+    assert again.scheduler == config.scheduler
+    before = identity_of(config)
+    check_same_run(before, identity_of(again), "s")
+    longer = {**SCHEDULED["scheduler"]["params"], "total_num_steps": 20}
+    changed = {**SCHEDULED, "scheduler": {"type": "WarmupDecayLR", "params": longer}}
+    with pytest.raises(ConfigError, match=r"params.total_num_steps was 10, is 20"):
+        check_same_run(before, identity_of(resolved(tmp_path, changed)), "s")
+
+
+@pytest.mark.parametrize(
+    "flags", ["--warmup_steps 5", "--learning_rate 1e-3", "--schedule_by steps"]
+)
+def test_flags_that_deepspeed_s_scheduler_would_overrule_are_refused(
+    tmp_path: Path, flags: str
+) -> None:
+    flag = flags.split()[0]
+    with pytest.raises(ConfigError, match=f'{flag}: the JSON\'s "scheduler" section decides that'):
+        resolved(tmp_path, SCHEDULED, *flags.split())
+
+
+def test_the_learning_rate_flag_is_the_peak_of_a_scheduler_that_names_none(tmp_path: Path) -> None:
+    raw = {**SCHEDULED, "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 2}}}
+    config = resolved(tmp_path, raw, "--learning_rate", "0.5")
+    assert config.rate(9, 0.0, total_steps=None) == 0.5
