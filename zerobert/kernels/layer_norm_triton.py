@@ -67,17 +67,18 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x_XH, residual_XH, weight_H, statistics_2X = ctx.saved_tensors
         num_rows = statistics_2X.shape[1]
-        grad_sum_XH = torch.empty_like(x_XH if residual_XH is None else residual_XH)
+        grad_out_XH = gradients[0].contiguous()
+        grad_sum_XH = torch.empty_like(grad_out_XH)
         # Without dropout it is the sum's, and the kernel writes that alone.
         grad_x_XH = torch.empty_like(x_XH) if ctx.settings["THRESHOLD"] else grad_sum_XH
         num_programs = min(num_rows, _num_programs(x_XH.device))
         parts_2PH = x_XH.new_empty((2, num_programs, len(weight_H)), dtype=torch.float32)
         _backward[(num_programs,)](
-            *(gradients[0].contiguous(), x_XH, residual_XH, weight_H, *statistics_2X),
+            *(grad_out_XH, x_XH, residual_XH, weight_H, *statistics_2X),
             *(grad_x_XH, grad_sum_XH, *parts_2PH, num_rows, ctx.seed),
             **ctx.settings,
         )
-        grad_residual_XH = None if residual_XH is None else grad_sum_XH
+        grad_residual_XH = None if residual_XH is None else grad_sum_XH.to(residual_XH.dtype)
         grad_weight_H, grad_bias_H = parts_2PH.sum(1).to(weight_H.dtype)
         nothing = (None, None, None)
         return grad_x_XH.to(x_XH.dtype), grad_residual_XH, grad_weight_H, grad_bias_H, *nothing
