@@ -28,7 +28,8 @@ def normalize(
     x_XH: Tensor, norm: nn.LayerNorm, residual_XH: Tensor | None = None, dropout_p: float = 0.0
 ) -> Tensor:
     """Layer norm of `residual_XH + dropout(x_XH)`, summed in fp32."""
-    seed = int(torch.empty((), dtype=torch.int64).random_()) if dropout_p > 0 else 0
+    # From the CPU's generator: nothing waits for the device, and checkpointing restores it.
+    seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if dropout_p > 0 else 0
     normal_XH: Tensor = _LayerNorm.apply(  # type: ignore[no-untyped-call]
         x_XH, residual_XH, norm.weight, norm.bias, norm.eps, round(dropout_p * _LEVELS), seed
     )
@@ -155,8 +156,8 @@ def _backward(
     THRESHOLD: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ) -> None:
-    """Every n-th row a program, n being their number: so each sums what is left of the parameters'
-    gradients in the same order every time.
+    """Every n-th row a program, n being their number; each adds up what its rows give to the
+    parameters' gradients, in the same order every time.
     """
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
