@@ -5,7 +5,7 @@
 All models have the same weights and get the same batches, in turns within one process. Before
 anything is timed their losses and gradients must be equal, without dropout. Ours keeps 16-bit
 weights with fp32 masters, as under DeepSpeed; the others train under autocast, as their own
-trainers do.
+trainers do. Ours uses torch's layer norm but where another one is named.
 """
 
 import argparse
@@ -28,12 +28,13 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import measure, peers  # noqa: E402
 from zerobert.config import SIZES, BertConfig  # noqa: E402
 from zerobert.device import peak_flops  # noqa: E402
-from zerobert.kernels import Kernels  # noqa: E402
+from zerobert.kernels import Kernels, layer_norm  # noqa: E402
 from zerobert.model import BertForPreTraining, training_flops_per_sequence  # noqa: E402
 from zerobert.packing import pack  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Batch = dict[str, Tensor]
+MASKED_SHARE = 0.15
 # Hugging Face's and ours add up in another order; the largest gradient is near 1.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-4
 
@@ -126,7 +127,7 @@ def make_batch(config: BertConfig, rows: int, seq_length: int, fill: float, seed
     is_short = torch.rand(rows, generator=generator) < 2 * (1 - fill)
     lengths = torch.where(is_short, draw(8, seq_length, rows), seq_length)
     mask = (torch.arange(seq_length) < lengths[:, None]).long()
-    num_masked = (lengths * 0.15).long().clamp(1, num_predictions)
+    num_masked = (lengths * MASKED_SHARE).long().clamp(1, num_predictions)
     order = torch.rand(rows, seq_length, generator=generator)
     order = order.masked_fill(mask == 0, 2).index_fill(1, torch.tensor([0]), 2).argsort(1)
     chosen = order[:, :num_predictions]
@@ -150,7 +151,7 @@ def build(config: BertConfig, arguments: argparse.Namespace) -> dict[str, Callab
     dtype, device = DTYPES[arguments.dtype], torch.device(arguments.device)
 
     def ours(**settings: Any) -> Contender:
-        model = BertForPreTraining(config, Kernels(**settings))
+        model = BertForPreTraining(config, Kernels(**{"layer_norm": "torch", **settings}))
         model.load_state_dict(source.state_dict())
         packed = settings.get("packing", True)
         return Contender(Ours(model).to(device), dtype, masters=True, packed=packed)
@@ -168,6 +169,10 @@ def build(config: BertConfig, arguments: argparse.Namespace) -> dict[str, Callab
         "zerobert, padded": lambda: ours(packing=False),
         "zerobert": lambda: ours(),
     }
+    if device.type == "cuda" and layer_norm.APEX_KERNEL is not None:
+        found["zerobert, apex"] = lambda: ours(layer_norm="apex")
+    if device.type == "cuda" and layer_norm.HAS_TRITON:
+        found["zerobert, triton"] = lambda: ours(layer_norm="triton")
     if arguments.compile:
         found["Hugging Face sdpa, compiled"] = lambda: theirs(
             lambda: peers.HuggingFaceBert(source, "sdpa"), compiled=True
@@ -205,13 +210,19 @@ def check_equal(config: BertConfig, arguments: argparse.Namespace) -> None:
             raise ValueError(f"{name}: gradient norm {found[1]}, Hugging Face's is {wanted[1]}")
 
 
-def matmul_floor_s(config: BertConfig, arguments: argparse.Namespace, tokens: int) -> float:
-    """Seconds that the matrix products of a step over so many tokens take, one by one, on this
-    device: what is left when all else is free.
+def matmul_floor_s(
+    config: BertConfig, arguments: argparse.Namespace, tokens: int, pairs: int
+) -> float:
+    """Seconds that the matrix products of a micro-step over so many tokens take, one by one, on
+    this device: what is left when all else is free.
+
+    Args:
+        pairs: of tokens in the same row. Attention's products are not timed but taken at the mean
+            rate of the others, because a fused kernel need not write the scores as a product does.
     """
     device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
     hidden, wide = config.hidden_size, config.intermediate_size
-    masked = round(tokens * 0.15)
+    masked = round(tokens * MASKED_SHARE)
     shapes = [
         *[(tokens, hidden, 3 * hidden), (tokens, hidden, hidden)] * config.num_hidden_layers,
         *[(tokens, hidden, wide), (tokens, wide, hidden)] * config.num_hidden_layers,
@@ -222,17 +233,64 @@ def matmul_floor_s(config: BertConfig, arguments: argparse.Namespace, tokens: in
     def seconds(rows: int, inner: int, columns: int) -> float:
         left = torch.randn(rows, inner, device=device, dtype=dtype)
         right = torch.randn(inner, columns, device=device, dtype=dtype)
-        times = []
-        for _ in range(7):
-            synchronize(device)
-            started = time.perf_counter()
-            left @ right
-            synchronize(device)
-            times.append(time.perf_counter() - started)
-        return min(times[2:])
+        return least_s(lambda: left @ right, device)
 
+    multiplied = sum(rows * inner * columns for rows, inner, columns in shapes)
+    in_attention = config.num_hidden_layers * 2 * pairs * hidden
     # Backward has two products as large as forward's.
-    return 3 * sum(seconds(*shape) for shape in shapes)
+    return 3 * sum(seconds(*shape) for shape in shapes) * (1 + in_attention / multiplied)
+
+
+def copy_bytes_per_s(device: torch.device) -> float:
+    """The rate, read and written bytes together, of copying a tensor that no cache holds."""
+    source = torch.ones(1 << 28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * len(source) / least_s(lambda: target.copy_(source), device)
+
+
+def elementwise_bytes(
+    config: BertConfig, arguments: argparse.Namespace, tokens: int, parameters: int
+) -> float:
+    """Bytes that a step must move outside of matrix products, each op being one kernel.
+
+    An op reads its inputs and writes its outputs once; backward it reads the gradient of what it
+    wrote and what it computed that from, and writes the gradients of its inputs. In values of a
+    token, forward + backward:
+
+    - attention: 3H + H, then 5H + 3H: queries, keys, values, its output, and their gradients;
+    - GELU: I + I, then 2I + I;
+    - dropout, addition to the residual and norm, twice a layer: 2H + H, then 3H + 2H, and H more to
+      add the gradient of the half of a layer that reads the sum as well;
+    - embeddings, summed and normalised: H + H, then 2H + H; the tables count as cached;
+    - cross entropy of each masked token: V logits read, V gradients written.
+
+    AdamW, once a step: the gradient read, fp32 weight and both moments read and written, and the
+    16-bit weight written. Not counted are statistics, masks, biases and their gradients, adding up
+    micro-steps, and what products read and write, which their own time has.
+    """
+    width = DTYPES[arguments.dtype].itemsize
+    hidden, wide = config.hidden_size, config.intermediate_size
+    layer = 12 * hidden + 5 * wide + 2 * 9 * hidden
+    values = tokens * (config.num_hidden_layers * layer + 5 * hidden)
+    values += round(tokens * MASKED_SHARE) * 2 * config.vocab_size
+    adamw = width + 3 * (4 + 4) + (width if width < 4 else 0)
+    return arguments.accumulation * values * width + parameters * adamw
+
+
+def least_s(work: Callable[[], object], device: torch.device) -> float:
+    """The least seconds that some work takes; on a GPU many times in a row, so that launching it
+    is not what is timed.
+    """
+    repeats = 20 if device.type == "cuda" else 1
+    times = []
+    for _ in range(7):
+        synchronize(device)
+        started = time.perf_counter()
+        for _ in range(repeats):
+            work()
+        synchronize(device)
+        times.append((time.perf_counter() - started) / repeats)
+    return min(times[2:])
 
 
 def synchronize(device: torch.device) -> None:
@@ -250,11 +308,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     contenders = {name: make() for name, make in build(config, arguments).items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
     samples = arguments.micro_batch * arguments.accumulation
+    lengths = []
     for number in range(arguments.rounds + 2):
         batches = [
             make_batch(config, arguments.micro_batch, arguments.seq_length, arguments.fill, seed)
             for seed in range(number * 100, number * 100 + arguments.accumulation)
         ]
+        lengths += [batch["input_mask"].sum(1).double() for batch in batches]
         for name, contender in contenders.items():
             synchronize(device)
             started = time.perf_counter()
@@ -263,13 +323,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             synchronize(device)
             times[name].append((time.perf_counter() - started) / arguments.steps)
     rates = {name: [samples / seconds for seconds in runs[2:]] for name, runs in times.items()}
-    tokens = round(arguments.micro_batch * arguments.seq_length * arguments.fill)
-    floor_s = matmul_floor_s(config, arguments, tokens) * arguments.accumulation
+    tokens = round(torch.stack(lengths).sum(1).mean().item())
+    pairs = round(torch.stack(lengths).square().sum(1).mean().item())
+    floor_s = matmul_floor_s(config, arguments, tokens, pairs) * arguments.accumulation
+    bandwidth = copy_bytes_per_s(device)
+    parameters = sum(weight.numel() for weight in contenders["zerobert"].model.parameters())
+    moved = elementwise_bytes(config, arguments, tokens, parameters)
     predictions = 20 if arguments.seq_length == 128 else 80
     flops = training_flops_per_sequence(config, arguments.seq_length, predictions)
     return {
         "samples_per_s": rates,
         "matmul_floor_samples_per_s": samples / floor_s,
+        "copy_bytes_per_s": bandwidth,
+        "elementwise_bytes": moved,
+        "roofline_samples_per_s": samples / (floor_s + moved / bandwidth),
         "flops_per_sequence": flops,
         "peak_flops": peak_flops(device),
     }
@@ -279,6 +346,7 @@ def tell(figures: dict[str, Any], arguments: argparse.Namespace) -> str:
     """The table."""
     rates = {name: statistics.median(runs) for name, runs in figures["samples_per_s"].items()}
     floor, peak = figures["matmul_floor_samples_per_s"], figures["peak_flops"]
+    roofline = figures["roofline_samples_per_s"]
     rows = []
     for name, runs in figures["samples_per_s"].items():
         mfu = f"{rates[name] * figures['flops_per_sequence'] / peak:.1%}" if peak else "-"
@@ -289,17 +357,24 @@ def tell(figures: dict[str, Any], arguments: argparse.Namespace) -> str:
                 f"{rates[name] / rates['Hugging Face sdpa']:.2f}",
                 f"{rates[name] / rates['NVIDIA']:.2f}",
                 f"{rates[name] / floor:.0%}",
+                f"{rates[name] / roofline:.0%}",
                 mfu,
             )
         )
-    header = ("", "samples/s", "x HF sdpa", "x NVIDIA", "of the matmul floor", "MFU")
+    header = (
+        *("", "samples/s", "x HF sdpa", "x NVIDIA"),
+        *("of the matmul floor", "of the roofline", "MFU"),
+    )
     title = (
         f"## {arguments.size}, {arguments.dtype}, {arguments.micro_batch} x "
         f"{arguments.accumulation} rows of {arguments.seq_length}, {arguments.fill:.0%} filled"
     )
     note = (
         f"The matrix products of the tokens alone, one by one, would allow {floor:.2f} samples/s. "
-        "MFU counts padding as work, for all alike."
+        f"A copy runs at {figures['copy_bytes_per_s'] / 1e9:.1f} GB/s, read and written; all else "
+        f"moves at least {figures['elementwise_bytes'] / 1e9:.2f} GB a step, counted as in "
+        f"`elementwise_bytes`. One after the other, both allow {roofline:.2f} samples/s: the "
+        "roofline. MFU counts padding as work, for all alike."
     )
     return f"{title}\n\n{measure.table(header, rows)}\n\n{note}"
 

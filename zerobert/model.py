@@ -113,20 +113,24 @@ class SelfAttention(nn.Module):
 
 
 class Residual(nn.Module):
-    """The end of both halves of a layer: project, drop out, add to the residual.
+    """The end of both halves of a layer: project, drop out, add to the residual, normalise.
 
-    The norm comes after the addition (post-LN, as in the paper), or at the beginning of the half
-    (pre-LN), where the layer asks for it.
+    With pre-LN the norm is applied at the beginning of the half instead, by the layer.
     """
 
     def __init__(self, config: BertConfig, width: int) -> None:
         super().__init__()
+        self.is_pre_norm = config.layer_norm_position == "pre"
         self.dense = nn.Linear(width, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout_p = config.hidden_dropout_prob
 
-    def forward(self, x: Tensor, residual_XH: Tensor) -> Tensor:
-        return residual_XH + _drop(self, self.dense(x))
+    def forward(self, x: Tensor, residual_XH: Tensor, ops: Ops) -> Tensor:
+        x_XH = self.dense(x)
+        if self.is_pre_norm:
+            return residual_XH + _drop(self, x_XH)
+        dropout_p = self.dropout_p if self.training else 0.0
+        return ops.normalize(x_XH, self.LayerNorm, residual_XH, dropout_p)
 
 
 class Layer(nn.Module):
@@ -146,17 +150,11 @@ class Layer(nn.Module):
 
     def forward(self, x_XH: Tensor, layout: Layout, ops: Ops) -> Tensor:
         mix, narrow = cast(Residual, self.attention["output"]), self.output
-        before, after = (
-            (ops.normalize, _as_it_is) if self.is_pre_norm else (_as_it_is, ops.normalize)
-        )
-        mixed_XH = self.attention["self"](before(x_XH, mix.LayerNorm), layout, ops)
-        x_XH = after(mix(mixed_XH, x_XH), mix.LayerNorm)
-        wide_XI = F.gelu(self.intermediate["dense"](before(x_XH, narrow.LayerNorm)))
-        return after(narrow(wide_XI, x_XH), narrow.LayerNorm)
-
-
-def _as_it_is(x_XH: Tensor, _: nn.LayerNorm) -> Tensor:
-    return x_XH
+        read_XH = ops.normalize(x_XH, mix.LayerNorm) if self.is_pre_norm else x_XH
+        x_XH = mix(self.attention["self"](read_XH, layout, ops), x_XH, ops)
+        read_XH = ops.normalize(x_XH, narrow.LayerNorm) if self.is_pre_norm else x_XH
+        out_XH: Tensor = narrow(F.gelu(self.intermediate["dense"](read_XH)), x_XH, ops)
+        return out_XH
 
 
 class Encoder(nn.Module):

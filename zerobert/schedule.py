@@ -20,8 +20,8 @@ class ScheduleConfig:
 
     Attributes:
         name: the form of the fall. `linear`; `polynomial`, a power of what is left after the
-            warm-up; `nvidia_polynomial`, that power of what is left of the whole run, which falls
-            at once when the warm-up ends; `cosine`, half a wave; `wsd` (warm-up, stable, decay)
+            warm-up; `nvidia_polynomial`, that power of what is left of the whole run after the
+            update, which falls at once when the warm-up ends, and to 0; `cosine`, half a wave; `wsd` (warm-up, stable, decay)
             stays at the peak until its decay; `constant`.
         by: `steps`, or `time` as a share of the run's `max_train_s`.
         warmup_steps: wins over the proportion where both are given; none with `time`.
@@ -107,10 +107,17 @@ def factor(config: ScheduleConfig, done: float, *, total: float) -> float:
         done: steps or seconds before it.
         total: steps or seconds of the whole run.
     """
+    # A step counts as taken; when an update of a schedule by time will end, nobody knows.
+    reached = done + 1 if config.by == "steps" else done
+    if config.name == "nvidia_polynomial":
+        steps = config.warmup_steps
+        warmup = config.warmup_proportion * total if steps is None else float(steps)
+        if reached < warmup:
+            return _between(config.warmup_min_ratio, reached / warmup)
+        left = math.pow(_share_left(reached, total), config.degree)
+        return _between(config.min_lr_ratio, left)
     warmup = _length(config.warmup_steps, config.warmup_proportion, config, total)
     if done < warmup:
-        # A step counts as taken; when an update of a schedule by time will end, nobody knows.
-        reached = done + 1 if config.by == "steps" else done
         return _between(config.warmup_min_ratio, reached / warmup)
     return _between(config.min_lr_ratio, _fall(config, done, total, warmup))
 
@@ -125,8 +132,6 @@ def _fall(config: ScheduleConfig, done: float, total: float, warmup: float) -> f
             return left
         case "polynomial":
             return math.pow(left, config.degree)
-        case "nvidia_polynomial":
-            return math.pow(_share_left(done, total), config.degree)
         case "cosine":
             return 0.5 * (1 - math.cos(math.pi * left))
         case "wsd":
@@ -136,6 +141,8 @@ def _fall(config: ScheduleConfig, done: float, total: float, warmup: float) -> f
                 return 1.0
             left = _share_left(done - (total - decay), decay)
             return left if config.decay_type == "linear" else 1 - math.sqrt(1 - left)
+        case "nvidia_polynomial":
+            raise AssertionError("it has no fall of its own: see `factor`")
 
 
 def _length(steps: int | None, share: float, config: ScheduleConfig, total: float) -> float:

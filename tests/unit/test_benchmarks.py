@@ -23,6 +23,24 @@ def test_a_model_that_differs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> Non
         train_step.check_equal(CONFIG, arguments)
 
 
+def test_each_layer_norm_that_a_gpu_has_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = argparse.Namespace(dtype="bf16", device="cuda", compile=False)
+    for has_both in (True, False):
+        monkeypatch.setattr(train_step.layer_norm, "APEX_KERNEL", object() if has_both else None)
+        monkeypatch.setattr(train_step.layer_norm, "HAS_TRITON", has_both)
+        found = set(train_step.build(CONFIG, arguments))
+        assert {"zerobert", "zerobert, padded", "NVIDIA"} <= found
+        assert (found >= {"zerobert, apex", "zerobert, triton"}) == has_both
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("fp32", 4), ("bf16", 2)])
+def test_the_bytes_of_base_outside_of_products(dtype: str, width: int) -> None:
+    arguments = argparse.Namespace(dtype=dtype, accumulation=2)
+    per_token = 12 * (30 * 768 + 5 * 3072) + 5 * 768
+    got = train_step.elementwise_bytes(BertConfig(), arguments, 1000, 110_000_000)
+    assert got == 2 * width * (1000 * per_token + 150 * 2 * 30_522) + 28 * 110_000_000
+
+
 @pytest.mark.parametrize("seq_length", [128, 512])
 def test_batches_are_like_those_of_shards(seq_length: int) -> None:
     batch = train_step.make_batch(CONFIG, 200, seq_length, 0.8, seed=0)

@@ -84,13 +84,13 @@ def test_a_warm_up_can_start_above_zero() -> None:
 
 def test_nvidia_s_recipe_jumps_down_when_the_warm_up_ends() -> None:
     got = rates(7038, name="nvidia_polynomial", warmup_proportion=0.2843, degree=0.5)
-    assert got[0] == pytest.approx(1 / 2001)
-    assert got[1000] == pytest.approx(1001 / 2001)
-    assert got[2000] == 1.0
-    assert got[2001] == pytest.approx(math.sqrt(5037 / 7038))
-    assert got[2001] == pytest.approx(0.846, abs=5e-4)
-    assert got[5000] == pytest.approx(math.sqrt(2038 / 7038))
-    assert got[7037] == pytest.approx(math.sqrt(1 / 7038))
+    # Its warm-up is a share that is not rounded to steps, and each update counts as made.
+    assert got[0] == pytest.approx(1 / (0.2843 * 7038))
+    assert got[1999] == pytest.approx(2000 / (0.2843 * 7038))
+    assert got[2000] == pytest.approx(math.sqrt(1 - 2001 / 7038))
+    assert got[2000] == pytest.approx(0.846, abs=5e-4)
+    assert got[5000] == pytest.approx(math.sqrt(1 - 5001 / 7038))
+    assert got[7037] == 0.0
 
 
 def test_the_plain_polynomial_has_no_jump_there() -> None:
@@ -135,6 +135,8 @@ def test_the_rate_follows_the_steps_or_the_time() -> None:
 def test_every_schedule_begins_above_zero_and_stays_within_the_peak(name: str) -> None:
     for total, warmup in [(1, 0), (1, 1), (2, 1), (50, 7), (50, 0), (50, 50)]:
         got = rates(total, name=name, warmup_steps=warmup)
+        if name == "nvidia_polynomial":
+            assert got.pop() == 0.0  # its last update
         assert all(0 < rate <= 1 for rate in got), (total, warmup, got)
         assert max(got) == 1.0
         assert got[:warmup] == sorted(got[:warmup])

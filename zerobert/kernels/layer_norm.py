@@ -1,14 +1,16 @@
-"""Layer normalisation.
+"""Layer normalisation, of a tensor or of a residual and what dropout leaves of a branch.
 
 Shapes: `X` any leading axes, H hidden.
 """
 
-from collections.abc import Callable
-from typing import Any
+import importlib.util
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from zerobert.kernels import dropout
 
 try:
     from apex.normalization.fused_layer_norm import fused_layer_norm_affine as _apex
@@ -17,11 +19,27 @@ except ImportError:
 
 APEX_KERNEL: Any = _apex  # None where it is not installed
 
-LayerNorm = Callable[[Tensor, nn.LayerNorm], Tensor]
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def plain(x_XH: Tensor, norm: nn.LayerNorm) -> Tensor:
+class LayerNorm(Protocol):
+    """The layer norm of `dropout(x_XH)`, or of `residual_XH + dropout(x_XH)`."""
+
+    def __call__(
+        self,
+        x_XH: Tensor,
+        norm: nn.LayerNorm,
+        residual_XH: Tensor | None = None,
+        dropout_p: float = 0.0,
+    ) -> Tensor:
+        """What is normalised, XH."""
+
+
+def plain(
+    x_XH: Tensor, norm: nn.LayerNorm, residual_XH: Tensor | None = None, dropout_p: float = 0.0
+) -> Tensor:
     """The formula; statistics in fp32 whatever the input is. Source: Ba et al. 2016."""
+    x_XH = _joined(x_XH, residual_XH, dropout_p)
     x_XH, dtype = x_XH.float(), x_XH.dtype
     centred_XH = x_XH - x_XH.mean(-1, keepdim=True)
     variance_X1 = centred_XH.square().mean(-1, keepdim=True)
@@ -29,18 +47,43 @@ def plain(x_XH: Tensor, norm: nn.LayerNorm) -> Tensor:
     return (normal_XH * norm.weight.float() + norm.bias.float()).to(dtype)
 
 
-def torch_native(x_XH: Tensor, norm: nn.LayerNorm) -> Tensor:
+def _joined(x_XH: Tensor, residual_XH: Tensor | None, dropout_p: float) -> Tensor:
+    x_XH = dropout.drop(x_XH, dropout_p)
+    return x_XH if residual_XH is None else residual_XH + x_XH
+
+
+def torch_native(
+    x_XH: Tensor, norm: nn.LayerNorm, residual_XH: Tensor | None = None, dropout_p: float = 0.0
+) -> Tensor:
     """The same by torch."""
+    x_XH = _joined(x_XH, residual_XH, dropout_p)
     return F.layer_norm(x_XH, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def apex(x_XH: Tensor, norm: nn.LayerNorm) -> Tensor:
+def apex(
+    x_XH: Tensor, norm: nn.LayerNorm, residual_XH: Tensor | None = None, dropout_p: float = 0.0
+) -> Tensor:
     """The same by apex's fused kernel; CUDA only.
 
     Written after apex's source; it has not run on a device yet.
     """
+    x_XH = _joined(x_XH, residual_XH, dropout_p)
     normal_XH: Tensor = APEX_KERNEL(x_XH, norm.weight, norm.bias, norm.normalized_shape, norm.eps)
     return normal_XH
 
 
-IMPLEMENTATIONS: dict[str, LayerNorm] = {"plain": plain, "torch": torch_native, "apex": apex}
+def triton(
+    x_XH: Tensor, norm: nn.LayerNorm, residual_XH: Tensor | None = None, dropout_p: float = 0.0
+) -> Tensor:
+    """The same in one kernel each way, dropout and the addition included."""
+    from zerobert.kernels import layer_norm_triton  # here: it is not installed everywhere
+
+    return layer_norm_triton.normalize(x_XH, norm, residual_XH, dropout_p)
+
+
+IMPLEMENTATIONS: dict[str, LayerNorm] = {
+    "plain": plain,
+    "torch": torch_native,
+    "apex": apex,
+    "triton": triton,
+}

@@ -59,6 +59,11 @@ def test_on_cuda_it_depends_on_what_is_installed(monkeypatch: pytest.MonkeyPatch
             *(ConfigError, r"needs kernels\.packing"),
         ),
         (Kernels(layer_norm="apex"), CPU, torch.float32, MissingDependencyError, "apex"),
+        (Kernels(layer_norm="triton"), CPU, torch.float32, ConfigError, "TRITON_INTERPRET=1"),
+        (
+            *(Kernels(layer_norm="triton", compile=True), CUDA, torch.bfloat16),
+            *(ConfigError, r"can't go with kernels\.compile"),
+        ),
         (Kernels(cross_entropy="chunked"), CUDA, torch.float16, ConfigError, "loss is scaled"),
     ],
 )
@@ -68,9 +73,26 @@ def test_what_cannot_serve_is_refused_by_name(
     dtype: torch.dtype,
     error: type[Exception],
     message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(layer_norm, "HAS_TRITON", True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(error, match=message):
         choose(kernels, device, dtype, dropout_p=0.1)
+
+
+def test_tritons_layer_norm_is_used_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Kernels(layer_norm="triton")
+    monkeypatch.setattr(layer_norm, "HAS_TRITON", True)
+    assert chosen(asked, CUDA, torch.bfloat16, 0.1)["layer norm"] == "triton"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert chosen(asked, CPU, torch.float32, 0.1)["layer norm"] == "triton"
+    auto = choose(Kernels(), CUDA, torch.bfloat16, dropout_p=0.1)["layer norm"]
+    assert auto.chosen != "triton"
+    assert "not measured on a device yet" in auto.reason
+    monkeypatch.setattr(layer_norm, "HAS_TRITON", False)
+    with pytest.raises(MissingDependencyError, match="pip install triton"):
+        choose(asked, CUDA, torch.bfloat16, dropout_p=0.1)
 
 
 def test_the_table_names_every_op() -> None:
