@@ -3,8 +3,9 @@
 import argparse
 
 import pytest
+import torch
 
-from benchmarks import train_step
+from benchmarks import optimizer_step, train_step
 from zerobert.config import SIZES, BertConfig
 from zerobert.shards import check_values
 
@@ -21,6 +22,13 @@ def test_a_model_that_differs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(train_step.peers.NvidiaLayer, "forward", lambda self, x, bias: x)
     with pytest.raises(ValueError, match="NVIDIA: loss"):
         train_step.check_equal(CONFIG, arguments)
+
+
+def test_lambs_agree_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer_step.check_equal(CONFIG, torch.device("cpu"), [1000])
+    monkeypatch.setattr(optimizer_step.lamb, "_square", lambda block: 1.0)
+    with pytest.raises(ValueError, match="blocked: weights of shape"):
+        optimizer_step.check_equal(CONFIG, torch.device("cpu"), [])
 
 
 @pytest.mark.parametrize("seq_length", [128, 512])
