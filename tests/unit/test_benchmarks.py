@@ -3,8 +3,9 @@
 import argparse
 
 import pytest
+import torch
 
-from benchmarks import train_step
+from benchmarks import optimizer_step, train_step
 from zerobert.config import SIZES, BertConfig
 from zerobert.shards import check_values
 
@@ -39,6 +40,13 @@ def test_the_bytes_of_base_outside_of_products(dtype: str, width: int) -> None:
     per_token = 12 * (30 * 768 + 5 * 3072) + 5 * 768
     got = train_step.elementwise_bytes(BertConfig(), arguments, 1000, 110_000_000)
     assert got == 2 * width * (1000 * per_token + 150 * 2 * 30_522) + 28 * 110_000_000
+
+
+def test_lambs_agree_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer_step.check_equal(CONFIG, torch.device("cpu"), [1000])
+    monkeypatch.setattr(optimizer_step.lamb, "_square", lambda block: 1.0)
+    with pytest.raises(ValueError, match="blocked: weights of shape"):
+        optimizer_step.check_equal(CONFIG, torch.device("cpu"), [])
 
 
 @pytest.mark.parametrize("seq_length", [128, 512])

@@ -132,9 +132,9 @@ def _plain_squares(tensors: list[Tensor]) -> Tensor:
 
 # --- blocked: on CPU, blocks that stay in the cache while all is done to them -------------------
 
-# Elements: enough work to outweigh the start of the threads, and six arrays of them fit in the
-# cache that two cores share (`benchmarks/optimizer_step.py --blocks`).
-BLOCK = 1 << 18
+# Elements: enough work to outweigh the start of the threads, while five arrays of them fit in the
+# cache that cores share (`benchmarks/optimizer_step.py --blocks`).
+BLOCK = 1 << 19
 
 _ROW = 1024  # elements whose squares are added up one after another
 _CORRECTED = torch.tensor(math.inf)  # the step at which 1 - beta**step is 1
