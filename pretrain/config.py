@@ -217,6 +217,11 @@ def resolve(args: argparse.Namespace) -> PretrainConfig:
         bert = dataclasses.replace(bert, model={})  # nobody asked for the default JSON's size
     ds = _override_deepspeed(raw, args)
     engine.check_served(ds)
+    if bert.kernels.compile and ds.get("zero_optimization", {}).get("stage", 0) == 3:
+        raise ConfigError(
+            "bert.kernels.compile does not go with ZeRO stage 3, whose weights come and go; "
+            "remove one of them"
+        )
     optimizer = optimizer_config(ds.get("optimizer", {"type": "AdamW"}), f"{path}: optimizer")
     ds["gradient_clipping"] = _clipping(ds, optimizer.params.max_grad_norm)
     scheduler = None

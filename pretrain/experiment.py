@@ -310,7 +310,9 @@ def _train(
         if run.config.init_from is not None and resume_from is None:
             new = checkpoint.load_weights(model, run.config.init_from)
             _say(f"weights of {run.config.init_from.path}; new: {', '.join(new) or 'none'}")
-    training = Engine(model, build_optimizer(model, run.config.optimizer), _engine_config(run))
+    config = run.config
+    optimizer = build_optimizer(model, config.optimizer, config.bert.kernels.lamb)
+    training = Engine(model, optimizer, _engine_config(run))
     state = TrainState()
     if resume_from is not None:
         with distributed.one_voice():

@@ -21,8 +21,8 @@ class ScheduleConfig:
     Attributes:
         name: the form of the fall. `linear`; `polynomial`, a power of what is left after the
             warm-up; `nvidia_polynomial`, that power of what is left of the whole run after the
-            update, which falls at once when the warm-up ends, and to 0; `cosine`, half a wave; `wsd` (warm-up, stable, decay)
-            stays at the peak until its decay; `constant`.
+            update, which falls at once when the warm-up ends, and to 0; `cosine`, half a wave;
+            `wsd` (warm-up, stable, decay) stays at the peak until its decay; `constant`.
         by: `steps`, or `time` as a share of the run's `max_train_s`.
         warmup_steps: wins over the proportion where both are given; none with `time`.
         warmup_proportion: warm-up as a share of the whole run.

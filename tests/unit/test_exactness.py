@@ -14,8 +14,8 @@ from tests.ranks import run_ranks
 WORKER = Path(__file__).resolve().parents[1] / "workers" / "exactness.py"
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "exactness.md"
 
-# Of a tensor, given the same gradients; of the gradients' norm; of a weight after ten steps in fp32;
-# of a model after ten steps in 16 bits, in units of what rounding alone does.
+# Of a tensor, given the same gradients; of the gradients' norm; of a weight after ten steps in
+# fp32; of a model after ten steps in 16 bits, in units of what rounding alone does.
 GIVEN, NORM, TRAINED, SPREAD = 1e-6, 1e-6, 1e-5, 2.0
 
 PRECISIONS: dict[str, dict[str, Any]] = {

@@ -97,10 +97,9 @@ def test_nvidia_s_recipe_jumps_down_when_the_warm_up_ends() -> None:
 def test_nvidia_s_rates_are_those_of_its_scheduler(warmup: float) -> None:
     """PolyWarmUpScheduler sets the rate before the update, by the number that the update gets."""
     got = rates(40, name="nvidia_polynomial", warmup_proportion=warmup, degree=0.5)
-    for number, rate in enumerate(got, 1):
-        progress = number / 40
-        wanted = progress / warmup if progress < warmup else (1 - progress) ** 0.5
-        assert rate == pytest.approx(wanted, abs=1e-12)
+    shares = [number / 40 for number in range(1, 41)]
+    wanted = [share / warmup if share < warmup else (1 - share) ** 0.5 for share in shares]
+    assert got == pytest.approx(wanted, abs=1e-12)
 
 
 def test_the_plain_polynomial_has_no_jump_there() -> None:

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from zerobert.errors import ConfigError, MissingDependencyError
-from zerobert.kernels import attention, cross_entropy, layer_norm
+from zerobert.kernels import attention, cross_entropy, lamb, layer_norm
 from zerobert.page import Table, format_table
 
 _16_BITS = (torch.bfloat16, torch.float16)
@@ -34,6 +34,7 @@ class Kernels:
     projections: Literal["auto", "separate", "fused"] = "auto"
     layer_norm: Literal["auto", "torch", "apex", "triton"] = "auto"
     cross_entropy: Literal["auto", "plain", "chunked"] = "auto"
+    lamb: Literal["auto", "plain", "blocked", "triton"] = "auto"
     packing: bool = True
     activation_checkpointing: bool = False
     compile: bool = False
@@ -66,6 +67,7 @@ def choose(
         _layer_norm(kernels, device),
         _dropout(device),
         _cross_entropy(kernels, device, dtype),
+        _lamb(kernels, device),
         Choice(
             op="padding",
             chosen="left out" if kernels.packing else "computed",
@@ -224,3 +226,8 @@ def _cross_entropy(kernels: Kernels, device: torch.device, dtype: torch.dtype) -
         return Choice(op="cross entropy", chosen="chunked", reason="never holds all logits")
     reason = "as fast as in chunks on CPU" if device.type == "cpu" else "fp16 needs the loss scale"
     return Choice(op="cross entropy", chosen="plain", reason=reason)
+
+
+def _lamb(kernels: Kernels, device: torch.device) -> Choice:
+    chosen, reason = lamb.choose(device, kernels.lamb)
+    return Choice(op="LAMB", chosen=chosen, reason=reason)

@@ -212,6 +212,10 @@ def test_the_vocabulary_decides_its_size(tmp_path: Path) -> None:
             },
             "they are the same thing; give one",
         ),
+        (
+            {"zero_optimization": {"stage": 3}, "bert": {"kernels": {"compile": True}}},
+            "bert.kernels.compile does not go with ZeRO stage 3",
+        ),
         ({"scheduler": {"type": "OneCycle"}}, r"mine\.json: scheduler\.type: OneCycle is not"),
         (
             {"scheduler": {"type": "WarmupLR"}, "bert": {"schedule": {}}},
