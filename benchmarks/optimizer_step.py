@@ -33,7 +33,6 @@ from zerobert.optim import Lamb, parameter_groups  # noqa: E402
 FLOOR_BYTES = 28
 LR, WEIGHT_DECAY = 1e-3, 0.01
 STEPS_CHECKED = 3
-# `Lamb` takes norms by torch, which on CPU adds up a whole tensor in fp32: ratios are 1e-3 off.
 TOLERANCE = 1e-6
 Groups = list[dict[str, Any]]
 
