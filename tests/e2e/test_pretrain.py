@@ -362,7 +362,10 @@ BREAKS: dict[str, tuple[list[str], str]] = {
     "another model": (["--init_from", "{model}"], "model_type 'bert', got 'gpt2'"),
     "a wrong flag": (["--max_step", "x"], "--help"),
     "other predictions": (["--max_predictions_per_seq", "20"], "were made with 3"),
-    "fp16 at stage 0": (["--precision", "fp16", "--deepspeed_config", "{stage0}"], "stage 0"),
+    "offload to a disk": (
+        ["--deepspeed_config", "{nvme}"],
+        'offload_optimizer.device: wanted "cpu"',
+    ),
     "batches that don't divide": (["--batch_size", "0"], "whole numbers above 0"),
 }
 
@@ -373,12 +376,12 @@ def test_bad_input_is_one_line(data: Path, tmp_path: Path, case: str) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "gpt2"}')
     (tmp_path / "misspelt").write_text(json.dumps({**EXPERIMENT, "grad_cliping": 1.0}))
-    stage0 = {key: value for key, value in EXPERIMENT.items() if key != "zero_optimization"}
-    (tmp_path / "stage0").write_text(json.dumps(stage0))
+    nvme = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}
+    (tmp_path / "nvme").write_text(json.dumps({**EXPERIMENT, **nvme}))
     (tmp_path / "other").write_text("\n".join([*VOCAB, "more"]) + "\n")
     flags, words = BREAKS[case]
-    names = {name: str(tmp_path / name) for name in ("empty", "model", "misspelt", "other")}
-    flags = [flag.format(**names, stage0=str(tmp_path / "stage0")) for flag in flags]
+    names = {name: str(tmp_path / name) for name in ("empty", "model", "misspelt", "nvme", "other")}
+    flags = [flag.format(**names) for flag in flags]
     command = [sys.executable, str(RUN), "--output_dir", str(tmp_path / "out")]
     command += ["--deepspeed_config", str(data / "toy.json")]
     if "--input_dir" not in flags:
