@@ -10,8 +10,8 @@ large at first. Of each case is measured
     norm: the largest relative error of the gradient norm that is logged;
     trained: the largest error of a weight after ten steps, against a float64 model that trains on
         the same global batches in one process;
-    spread: in 16 bits, the distance of the trained model from that of float64, in units of the
-        distance that rounding alone makes: of a single process that keeps 16-bit weights, too.
+    spread: in 16 bits, the mean error of a weight, in units of that which rounding alone makes: in
+        a single process that keeps 16-bit weights, too.
 """
 
 import copy
@@ -46,7 +46,7 @@ CONFIG = BertConfig(
     hidden_dropout_prob=0.0,
     attention_probs_dropout_prob=0.0,
 )
-ROWS = 12  # of a global batch: 2, 3 or 4 ranks cut it
+ROWS = 24  # of a global batch: 2, 3 or 4 ranks cut it
 ACCUMULATION = 2
 GIVEN_STEPS, TRAINED_STEPS = 4, 10
 MOST_STEPS = 12  # with those that an overflow skips
@@ -215,9 +215,12 @@ def trained(case: Case) -> dict[str, Tensor]:
     return state
 
 
-def distance(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    errors = [(state[name].double() - wanted[name]).norm() for name in wanted]
-    return float(torch.stack(errors).norm())
+def distance(state: dict[str, Tensor], wanted: dict[str, Tensor], names: list[str]) -> float:
+    """The mean error of a weight: the largest is a matter of luck, for where a first gradient is
+    near zero, rounding decides on the direction of a whole step.
+    """
+    errors = [(state[name].double() - wanted[name]).abs().flatten() for name in names]
+    return float(torch.cat(errors).mean())
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -227,18 +230,18 @@ def measure(case: Case) -> dict[str, Any]:
         return found
     exact = trained_alone(case, torch.float64, 1)
     state = trained(case)
-    # The gradient of the keys' bias is zero but for rounding, which NVLAMB scales up as any other.
-    is_free = case["optimizer"]["params"].get("use_nvlamb", False)
-    found["trained"] = max(
-        float((state[name].double() - exact[name]).abs().max())
-        for name in exact
-        if not (is_free and name.endswith("key.bias"))
-    )
     dtype = DTYPES[precision(case["ds"])]
+    # The gradient of the keys' bias is zero but for rounding: what 16 bits or NVLAMB make of it is
+    # noise, which no weight but itself feels.
+    is_noise = dtype != torch.float32 or case["optimizer"]["params"].get("use_nvlamb", False)
+    names = [name for name in exact if not (is_noise and name.endswith("key.bias"))]
+    found["trained"] = max(
+        float((state[name].double() - exact[name]).abs().max()) for name in names
+    )
     if dtype != torch.float32:
         num_parts = ACCUMULATION * distributed.world_size()
-        rounding = distance(trained_alone(case, dtype, num_parts), exact)
-        found["spread"] = distance(state, exact) / rounding
+        rounded = trained_alone(case, dtype, num_parts)
+        found["spread"] = distance(state, exact, names) / distance(rounded, exact, names)
     return found
 
 
