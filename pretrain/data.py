@@ -185,22 +185,23 @@ class StepLoader:
             lanes[lane].drop(index + count)
         if self._masking is not None:
             rows = mask_afresh(rows, start, self._masking)
-        tensors = to_tensors(rows)
-        offsets = range(0, self._rank_samples, self._micro_samples)
+        parts = {
+            name: torch.split(tensor, self._micro_samples)
+            for name, tensor in to_tensors(rows).items()
+        }
+        micro_batches = [
+            dict(zip(parts, tensors, strict=True)) for tensors in zip(*parts.values(), strict=True)
+        ]
+        if self._packing:
+            for batch in micro_batches:
+                packing = pack(batch["input_mask"])
+                batch.update(places=packing.places_T, cu_seqlens=packing.cu_seqlens)
         return StepBatch(
-            micro_batches=tuple(self._micro_batch(tensors, offset) for offset in offsets),
-            first_samples=tuple(start + offset for offset in offsets),
+            micro_batches=tuple(micro_batches),
+            first_samples=tuple(range(start, start + self._rank_samples, self._micro_samples)),
             num_masked=int(np.count_nonzero(rows["masked_lm_positions"])),
             num_tokens=int(np.count_nonzero(rows["input_mask"])),
         )
-
-    def _micro_batch(self, tensors: Mapping[str, Tensor], start: int) -> dict[str, Tensor]:
-        stop = start + self._micro_samples
-        batch = {name: tensor[start:stop] for name, tensor in tensors.items()}
-        if self._packing:
-            packing = pack(batch["input_mask"])
-            batch.update(places=packing.places_T, cu_seqlens=packing.cu_seqlens)
-        return batch
 
 
 def to_tensors(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Tensor]:

@@ -25,12 +25,12 @@ from zerobert.shards import ShardInfo
 # under another order.
 ORDER_VERSION = 2
 _PURPOSE_BLOCKS, _PURPOSE_ROWS = 1, 2
-# Enough for a rank of 64 to have a lane of its own; a lane gives this many samples to a batch, so
-# that batches are put together from few pieces.
-_MAX_LANES, _MIN_LANE_SAMPLES = 64, 16
+# Enough for each of 64 ranks to have a lane of its own. A lane gives so many samples to a batch,
+# which is then put together from few pieces, and has so many blocks in an epoch: its ends cut two.
+_MAX_LANES, _MIN_LANE_SAMPLES, _MIN_LANE_BLOCKS = 64, 16, 4
 # In places of sequences, padding too, so that memory is the same for any length of rows: what is
-# shuffled together over all lanes (0.06 GB), and the least of a file that is opened and read for.
-_PLACES_IN_PLAY, _PLACES_OF_BLOCK = 1 << 23, 1 << 17
+# shuffled together over all lanes (0.12 GB), and the least of a shard that a file is opened for.
+_PLACES_IN_PLAY, _PLACES_OF_BLOCK = 1 << 24, 1 << 17
 # Taller chunks are inflated several times, so that no shard decides on the memory.
 _MAX_PLACES_OF_BLOCK = 1 << 20
 
@@ -220,11 +220,15 @@ class SampleOrder:
 def sample_order(shards: Sequence[ShardInfo], *, seed: int, global_samples: int) -> SampleOrder:
     """The order of a run over these shards."""
     seq_length = shards[0].seq_length
-    num_lanes = max(1, min(_MAX_LANES, global_samples // _MIN_LANE_SAMPLES))
-    num_lanes = 1 << (num_lanes.bit_length() - 1)  # as ranks usually are, a power of two
+    rows_of_blocks = tuple(map(rows_of_block, shards))
+    num_blocks = sum(
+        -(-shard.num_rows // rows) for shard, rows in zip(shards, rows_of_blocks, strict=True)
+    )
+    num_lanes = min(_MAX_LANES, global_samples // _MIN_LANE_SAMPLES, num_blocks // _MIN_LANE_BLOCKS)
+    num_lanes = 1 << (max(1, num_lanes).bit_length() - 1)  # a power of two, as ranks usually are
     return SampleOrder(
         rows_of_shards=tuple(shard.num_rows for shard in shards),
-        rows_of_blocks=tuple(rows_of_block(shard) for shard in shards),
+        rows_of_blocks=rows_of_blocks,
         seed=seed,
         global_samples=global_samples,
         num_lanes=num_lanes,

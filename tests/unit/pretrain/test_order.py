@@ -152,18 +152,20 @@ def test_lanes_and_windows_by_the_size_of_the_batch() -> None:
     shapes = {
         samples: (order.num_lanes, order.window_rows)
         for samples in (1, 16, 48, 256, 4096, 65536)
-        for order in [sample_order([make_shard()], seed=1, global_samples=samples)]
+        for order in [sample_order([make_shard()] * 3, seed=1, global_samples=samples)]
     }
     assert shapes == {
-        1: (1, 65536),
-        16: (1, 65536),
-        48: (2, 32768),
-        256: (16, 4096),
-        4096: (64, 1024),
-        65536: (64, 1024),
+        1: (1, 131072),
+        16: (1, 131072),
+        48: (2, 65536),
+        256: (16, 8192),
+        4096: (64, 2048),
+        65536: (64, 2048),
     }
     longer = sample_order([make_shard(seq_length=512)], seed=1, global_samples=4096)
-    assert longer.window_rows == 256
+    assert (longer.num_lanes, longer.window_rows) == (64, 512)
+    few = sample_order([make_shard(rows=2000)] * 10, seed=1, global_samples=4096)
+    assert (few.num_lanes, few.window_rows) == (4, 32768)
 
 
 def test_blocks_are_whole_chunks_within_limits() -> None:
@@ -175,19 +177,19 @@ def test_blocks_are_whole_chunks_within_limits() -> None:
 
 
 def test_a_batch_is_of_many_places_and_mixed_by_size() -> None:
-    """Two folders, one three times the other: of 96 blocks, 64 are shuffled together."""
-    shards = [make_shard(i, rows=8192) for i in range(12)]
+    """Two folders, one three times the other: of 384 blocks, 128 are shuffled together."""
+    shards = [make_shard(i, rows=32 * 1024) for i in range(12)]
     order = sample_order(shards, seed=1, global_samples=1024)
     shares = []
     for step in range(order.num_rows // 1024):
         rows = order.locate(1024 * step, 1024)
         blocks, counts = np.unique(rows // 1024, return_counts=True)
-        assert len(blocks) > 40
-        assert (counts * (counts - 1)).sum() / (1024 * 1023) < 0.05  # pairs of one block
-        shares.append(np.mean(rows < 3 * 8192 * 3))
+        assert len(blocks) > 80
+        assert (counts * (counts - 1)).sum() / (1024 * 1023) < 0.02  # pairs of one block
+        shares.append(np.mean(rows < 9 * 32 * 1024))
     assert np.mean(shares) == 0.75
-    # 64 blocks drawn from 96 without putting back, 72 of them of the first folder.
-    deviation = np.sqrt(0.75 * 0.25 / 64 * (96 - 64) / 95)
+    # Drawn without putting back.
+    deviation = np.sqrt(0.75 * 0.25 / 128 * (384 - 128) / 383)
     assert max(np.abs(np.array(shares) - 0.75)) < 4 * deviation
 
 
@@ -197,8 +199,8 @@ def test_far_into_ten_thousand_large_shards() -> None:
     (run, *_) = order.runs(123_456 * 4096, 4096)
     assert run == Run(0, 123_456 * 64, 64)
     window = order.window(run.lane, run.first)
-    assert window.first <= run.first < window.first + window.num_rows < run.first + 2048
-    assert 1 <= len(order.pieces(window)) <= 3
+    assert window.first <= run.first < window.first + window.num_rows < run.first + 2048 + 1024
+    assert 1 <= len(order.pieces(window)) <= 4
     assert order.num_rows == 10**9
 
 
