@@ -90,6 +90,34 @@ def _end(window: Window) -> int:
     return window.first + window.num_rows
 
 
+class MicroBatches(Sequence[dict[str, Tensor]]):
+    """A rank's rows cut into micro-batches, each made int64 tensors when it is asked for.
+
+    Until then they take a quarter of the memory, and what is made one by one stays in the cache.
+    """
+
+    def __init__(self, rows: Arrays, micro_samples: int, *, packing: bool) -> None:
+        self._rows, self._micro_samples = rows, micro_samples
+        masks = torch.split(torch.from_numpy(rows["input_mask"]), micro_samples)
+        self._num = len(masks)
+        self._packings = [pack(mask) for mask in masks] if packing else None
+
+    def __len__(self) -> int:
+        return self._num
+
+    def __getitem__(self, index: Any) -> Any:
+        """The micro-batch of a number, from 0 on."""
+        if not 0 <= index < self._num:
+            raise IndexError(index)
+        start = index * self._micro_samples
+        stop = start + self._micro_samples
+        batch = to_tensors({name: array[start:stop] for name, array in self._rows.items()})
+        if self._packings is not None:
+            packing = self._packings[index]
+            batch.update(places=packing.places_T, cu_seqlens=packing.cu_seqlens)
+        return batch
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepBatch:
     """One rank's share of a global batch.
@@ -102,7 +130,7 @@ class StepBatch:
         num_tokens: its tokens, padding not counted.
     """
 
-    micro_batches: tuple[dict[str, Tensor], ...]
+    micro_batches: Sequence[dict[str, Tensor]]
     first_samples: tuple[int, ...]
     num_masked: int
     num_tokens: int
@@ -147,22 +175,22 @@ class StepLoader:
             ShardFormatError: a shard can't be decoded or holds values out of range.
         """
         decoders = ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="decoder")
-        cutter = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         lanes = [
             _Lane(lane, self.order, functools.partial(self._submit, decoders))
             for lane in range(self.order.num_lanes)
         ]
         start = first_sample + self._rank * self._rank_samples
         try:
-            ahead = cutter.submit(self._load, lanes, start)
+            ahead = loader.submit(self._load, lanes, start)
             while True:
                 batch = ahead.result()
                 start += self.order.global_samples
-                ahead = cutter.submit(self._load, lanes, start)
+                ahead = loader.submit(self._load, lanes, start)
                 yield batch
         finally:
             decoders.shutdown(cancel_futures=True)  # first: the other may wait for one of them
-            cutter.shutdown(cancel_futures=True)
+            loader.shutdown(cancel_futures=True)
 
     def _submit(self, decoders: ThreadPoolExecutor, window: Window) -> "Future[Arrays]":
         pieces, places = self.order.pieces(window), self.order.shuffle(window)
@@ -173,7 +201,7 @@ class StepLoader:
         runs = list(self.order.runs(start, self._rank_samples))
         for lane, index, count in runs:
             lanes[lane].request(index, count)
-        rows = empty_arrays(self._shards[0], self._rank_samples, dtype=np.int64)
+        rows = empty_arrays(self._shards[0], self._rank_samples)
         done = 0
         for lane, index, count in runs:
             for piece in lanes[lane].take(index, count):
@@ -185,19 +213,8 @@ class StepLoader:
             lanes[lane].drop(index + count)
         if self._masking is not None:
             rows = mask_afresh(rows, start, self._masking)
-        parts = {
-            name: torch.split(tensor, self._micro_samples)
-            for name, tensor in to_tensors(rows).items()
-        }
-        micro_batches = [
-            dict(zip(parts, tensors, strict=True)) for tensors in zip(*parts.values(), strict=True)
-        ]
-        if self._packing:
-            for batch in micro_batches:
-                packing = pack(batch["input_mask"])
-                batch.update(places=packing.places_T, cu_seqlens=packing.cu_seqlens)
         return StepBatch(
-            micro_batches=tuple(micro_batches),
+            micro_batches=MicroBatches(rows, self._micro_samples, packing=self._packing),
             first_samples=tuple(range(start, start + self._rank_samples, self._micro_samples)),
             num_masked=int(np.count_nonzero(rows["masked_lm_positions"])),
             num_tokens=int(np.count_nonzero(rows["input_mask"])),
@@ -206,9 +223,7 @@ class StepLoader:
 
 def to_tensors(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Tensor]:
     """Rows as int64 tensors, under the datasets' names."""
-    return {
-        name: torch.from_numpy(array.astype(np.int64, copy=False)) for name, array in arrays.items()
-    }
+    return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
 
 
 def dropout_seed(seed: int, first_sample: int) -> int:

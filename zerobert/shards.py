@@ -100,10 +100,10 @@ def read_shard(path: Path | str) -> dict[str, Array]:
     return arrays
 
 
-def empty_arrays(shard: ShardInfo, num_rows: int, dtype: Any = None) -> dict[str, Array]:
-    """Room for rows like a shard's, in its native types where no type is given."""
+def empty_arrays(shard: ShardInfo, num_rows: int) -> dict[str, Array]:
+    """Room for rows like a shard's."""
     shapes = array_shapes(num_rows, shard.seq_length, shard.max_predictions)
-    return {name: np.empty(shapes[name], dtype or native) for name, native in DTYPES.items()}
+    return {name: np.empty(shapes[name], dtype) for name, dtype in DTYPES.items()}
 
 
 def read_rows(shard: ShardInfo, first: int, places: Array, arrays: Mapping[str, Array]) -> None:

@@ -21,7 +21,7 @@ from pretrain.data import (
     evaluation_batches,
     fingerprint,
 )
-from pretrain.masking import Masking
+from pretrain.masking import Masking, unmasked
 from pretrain.order import SampleOrder
 from zerobert import shards as shards_module
 from zerobert.errors import ConfigError, ShardFormatError
@@ -50,6 +50,8 @@ def make_shard(path: Path, num_rows: int, first_row: int) -> ShardInfo:
         arrays[name] = np.zeros((num_rows, NUM_PREDICTIONS), DTYPES[name])
     for column in range(NUM_PREDICTIONS):  # one to three masks a row
         arrays["masked_lm_positions"][:, column] = np.where(numbers % 3 >= column, column + 1, 0)
+    stood = np.take_along_axis(arrays["input_ids"], arrays["masked_lm_positions"], axis=1)
+    arrays["masked_lm_ids"] = np.where(arrays["masked_lm_positions"] > 0, stood, 0)
     arrays["next_sentence_labels"] = (numbers % 2).astype("i1")
     write_shard(path, arrays)
     return describe_shard(path)
@@ -248,6 +250,45 @@ def test_what_is_in_memory_does_not_grow_with_the_shards(
         assert at_start <= 4 * 2 * (200 + 64)
         assert reads.rows_read - at_start <= 60 * 64 + 4 * 3 * (200 + 64)
         assert reads.most_alive <= 4 * 2 * (200 + 64)
+
+
+def test_fresh_masks_belong_to_the_samples(shards: list[ShardInfo]) -> None:
+    """The same ones for any ranks and from any start, others in each epoch, over the same text."""
+    masking = Masking(
+        seed=7,
+        masked_lm_prob=0.9,
+        max_predictions=5,
+        vocab_size=VOCAB_SIZE,
+        cls_id=0,
+        sep_id=VOCAB_SIZE - 1,
+        mask_id=50,
+        continues_V=None,
+    )
+    plain = load(make_loader(shards), 0, 8)
+    wanted = load(make_loader(shards, masking=masking), 0, 8)
+    for world_size in (2, 4):
+        loaders = [
+            make_loader(shards, rank=rank, world_size=world_size, masking=masking)
+            for rank in range(world_size)
+        ]
+        parts = [load(loader, 16 * 3, 5) for loader in loaders]
+        for step, one in zip(zip(*parts, strict=True), wanted[3:], strict=True):
+            micros = [micro for part in step for micro in part.micro_batches]
+            for got, micro in zip(micros, one.micro_batches, strict=True):
+                assert all(torch.equal(got[name], micro[name]) for name in DTYPES)
+            assert sum(part.num_masked for part in step) == one.num_masked
+    masks_of_rows: dict[int, list[list[int]]] = {}
+    for one, step in zip(wanted, plain, strict=True):
+        for micro, as_stored in zip(one.micro_batches, step.micro_batches, strict=True):
+            arrays = {name: tensor.numpy() for name, tensor in micro.items()}
+            assert arrays["masked_lm_positions"].shape == (4, 5)
+            text = {"input_ids": torch.from_numpy(unmasked(arrays))}
+            assert row_numbers(text) == row_numbers(as_stored)
+            for row, ids in zip(row_numbers(text), arrays["input_ids"].tolist(), strict=True):
+                masks_of_rows.setdefault(row, []).append(ids)
+    again = [ids for ids in masks_of_rows.values() if len(ids) > 1]
+    assert len(again) > 60
+    assert sum(one != other for one, other, *_ in again) > 10
 
 
 def test_a_damaged_shard_is_reported_by_the_step_that_needs_it(tmp_path: Path) -> None:
