@@ -18,7 +18,7 @@ from pretrain import state as run_state
 from pretrain.config import BatchSizes, PretrainConfig
 from pretrain.data import StepLoader, evaluation_batches, fingerprint
 from pretrain.signals import StopRequest
-from pretrain.state import RunFolder, TrainState
+from pretrain.state import RunFolder, Saver, TrainState
 from zerobert import checkpoint, distributed, engine, kernels, manifest
 from zerobert.device import peak_flops
 from zerobert.engine import Engine
@@ -165,6 +165,7 @@ def prepare(args: argparse.Namespace, *, micro_samples: int | None = None) -> Ex
             ),
             inputs=inputs,
             keep_states=config.bert.run.keep_states,
+            keep_every_steps=config.bert.run.keep_every_steps,
         ),
         sizes=sizes,
         steps=steps,
@@ -413,7 +414,10 @@ def _loop(
     )
     _print_header(run, training)
     profiling = loop.profile(run.folder.path) if args.profile and distributed.is_main() else None
-    with profiling or contextlib.nullcontext() as profiler:
+    with (
+        profiling or contextlib.nullcontext() as profiler,
+        contextlib.closing(Saver(run.folder)) as saver,
+    ):
         code = loop.train(
             training,
             loader,
@@ -431,8 +435,9 @@ def _loop(
                 flops_per_sequence=run.flops_per_sequence,
                 nsp=run.nsp,
                 peak_flops=peak_flops(training.device),
+                guard=run.config.bert.guard,
             ),
-            run.folder,
+            saver,
             tracker,
             stop,
             profiler,
