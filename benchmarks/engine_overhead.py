@@ -33,8 +33,12 @@ from zerobert.optim import parameter_groups  # noqa: E402
 
 LR, CLIP, SEED = 1e-4, 1.0, 42
 STEPS_CHECKED = 2
-TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3}
+# The mean error of a weight, in learning rates: Adam turns rounding into whole steps where a
+# gradient is near zero.
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.5}
 Step = Callable[[], object]
+Weights = dict[str, Tensor]
+Contender = tuple[Callable[[], Weights], Step]
 
 
 class NobodyStops:
@@ -62,8 +66,8 @@ def new_model(config: BertConfig) -> BertForPreTraining:
     return BertForPreTraining(config)
 
 
-def bare(config: BertConfig, batch: StepBatch, device: torch.device) -> tuple[Any, Step]:
-    """A model, and a step of plain torch in fp32."""
+def bare(config: BertConfig, batch: StepBatch, device: torch.device) -> Contender:
+    """A step of plain torch in fp32."""
     model = new_model(config).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=LR, fused=True)
     rows = sum(len(micro["input_ids"]) for micro in batch.micro_batches)
@@ -77,13 +81,13 @@ def bare(config: BertConfig, batch: StepBatch, device: torch.device) -> tuple[An
         optimizer.step()
         optimizer.zero_grad()
 
-    return model, step
+    return lambda: {name: p.detach().cpu() for name, p in model.named_parameters()}, step
 
 
 def under_engine(
     config: BertConfig, batch: StepBatch, arguments: argparse.Namespace, stage: int
-) -> tuple[Any, Step]:
-    """A model inside an engine, and the step of `pretrain`."""
+) -> Contender:
+    """The step of `pretrain` on an engine."""
     model = new_model(config)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=LR, fused=True)
     low = {"bf16": {"enabled": True}} if arguments.dtype == "bf16" else {}
@@ -105,22 +109,25 @@ def under_engine(
         window = loop.Window(lr=LR)
         loop.train_step(engine, batch, loop.share(batch, 0.0, stop), window, SEED)
 
-    return engine.module, step
+    def weights() -> Weights:
+        snapshot = engine.snapshot()  # of one rank: whole parameters
+        return {p.name: p.values["weights"].view(snapshot.shapes[p.name]) for p in snapshot.pieces}
+
+    return weights, step
 
 
-def check_equal(models: dict[str, Any], tolerance: float) -> None:
-    """Weights after the first steps.
+def check_equal(contenders: dict[str, Weights], tolerance: float) -> None:
+    """Weights after the first steps; the keys' bias has no gradient but rounding.
 
     Raises:
         ValueError: an engine's are further from the bare loop's than rounding explains.
     """
-    wanted: dict[str, Tensor] = dict(models["bare loop"].named_parameters())
-    for name, model in models.items():
-        for key, parameter in model.named_parameters():
-            true = wanted[key]
-            error = ((parameter.float() - true).norm() / true.norm().clamp(1e-3)).item()
-            if not error <= tolerance:
-                raise ValueError(f"{name}: {key} is {error:.1e} off the bare loop's")
+    wanted = contenders["bare loop"]
+    for name, weights in contenders.items():
+        for key, weight in weights.items():
+            error = float((weight - wanted[key]).abs().mean()) / LR
+            if not error <= tolerance and not key.endswith("key.bias"):
+                raise ValueError(f"{name}: {key} is {error:.1e} rates off the bare loop's")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, list[float]]:
@@ -134,10 +141,10 @@ def run(arguments: argparse.Namespace) -> dict[str, list[float]]:
     for _ in range(STEPS_CHECKED):
         for _, step in contenders.values():
             step()
-    if 3 not in arguments.stage:  # where a model's own weights are elsewhere
-        models = {name: model for name, (model, _) in contenders.items()}
-        check_equal(models, TOLERANCE[arguments.dtype])
-        print("weights are equal", file=sys.stderr)
+    weights = {name: weights() for name, (weights, _) in contenders.items()}
+    check_equal(weights, TOLERANCE[arguments.dtype])
+    del weights
+    print("weights are equal", file=sys.stderr)
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(arguments.rounds):
         for name, (_, step) in contenders.items():

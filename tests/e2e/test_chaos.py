@@ -1,5 +1,6 @@
 """What happens to runs of weeks, in minutes: kills, damaged states, another number of ranks."""
 
+import contextlib
 import os
 import random
 import signal
@@ -81,10 +82,8 @@ def _kill_session(leader: int) -> None:
     for pid in doomed:
         doomed += children.get(pid, [])
     for pid in doomed:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def _truncate_newest(output: Path) -> Path:
@@ -103,7 +102,7 @@ def _truncate_newest(output: Path) -> Path:
 )
 def test_a_run_that_is_killed_over_and_over_ends_as_an_unbroken_one(
     phases: tuple[Phase, ...],
-    data: Path,  # noqa: F811 - the fixture
+    data: Path,
     tmp_path: Path,
 ) -> None:
     whole = tmp_path / "whole"

@@ -64,13 +64,13 @@ def test_batches_are_like_those_of_shards(seq_length: int) -> None:
 
 
 def test_an_engine_that_trains_otherwise_is_noticed() -> None:
-    wanted = engine_overhead.new_model(CONFIG)
-    other = engine_overhead.new_model(CONFIG)
-    engine_overhead.check_equal({"bare loop": wanted, "engine, stage 1": other}, 1e-6)
-    with torch.no_grad():
-        other.bert.pooler.dense.weight[0, 0] += 1e-3
-    with pytest.raises(ValueError, match=r"engine, stage 1: bert\.pooler\.dense\.weight is"):
-        engine_overhead.check_equal({"bare loop": wanted, "engine, stage 1": other}, 1e-6)
+    wanted = {"pooler.weight": torch.zeros(10), "key.bias": torch.zeros(10)}
+    other = {"pooler.weight": torch.zeros(10), "key.bias": torch.ones(10)}
+    engine_overhead.check_equal({"bare loop": wanted, "engine, stage 1": other}, 1e-3)
+    other["pooler.weight"][0] = 1e-2 * engine_overhead.LR
+    engine_overhead.check_equal({"bare loop": wanted, "engine, stage 1": other}, 1.1e-3)
+    with pytest.raises(ValueError, match=r"engine, stage 1: pooler\.weight is 1\.0e-03 rates off"):
+        engine_overhead.check_equal({"bare loop": wanted, "engine, stage 1": other}, 0.9e-3)
 
 
 def test_the_engine_trains_as_a_bare_loop(repository: Path) -> None:
