@@ -339,8 +339,7 @@ def claim(path: Path) -> None:
         raise ConfigError(
             f"another run is writing into {path}; wait for its end or choose another --output_dir"
         )
-    for leftover in manifest.leftovers(path):  # of a run that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+    manifest.remove_leftovers(path)  # of a run that was killed
 
 
 def supersede(path: Path, resumed: Path) -> None:

@@ -352,6 +352,7 @@ def test_where_there_was_no_run_nothing_is_set_aside(tmp_path: Path) -> None:
 def test_a_folder_in_use_is_refused_and_leftovers_go(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / ".incomplete-state_5").mkdir(parents=True)
+    (run / f".latest.{32 * 'a'}").touch()
     run_state.claim(run)
     assert list(run.iterdir()) == []
     with pytest.raises(ConfigError, match="another run is writing into"):
