@@ -77,6 +77,25 @@ def test_a_state_of_16_bits_goes_on(tmp_path: Path) -> None:
     walk(saved, 1, 2, tmp_path)
 
 
+def test_a_loss_scale_that_can_fall_no_further_ends_the_training(tmp_path: Path) -> None:
+    too_large = {"enabled": True, "initial_scale_power": 21, "min_loss_scale": 2**20}
+    cases = tmp_path / "cases.json"
+    cases.write_text(
+        json.dumps(
+            [
+                case(
+                    "fp16",
+                    "Lamb",
+                    zero={"stage": stage},
+                    ds={"fp16": {**too_large, "hysteresis": 1}},
+                )
+                for stage in (0, 2, 3)
+            ]
+        )
+    )
+    run_ranks(WORKER, 2, "collapse", str(cases), str(tmp_path))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (2, 1), (1, 4), (4, 3)])

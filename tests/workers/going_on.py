@@ -1,8 +1,9 @@
 """Save training states of small models, or go on from those that other processes saved.
 
-argv: `save` or `go-on`, a JSON file with cases as tests/workers/exactness.py takes them, and the
-folder of the states. Each rank checks what it finds; going on from a state that was saved with the
-same stage on as many ranks must change no bit.
+argv: `save`, `go-on` or `collapse`, a JSON file with cases as tests/workers/exactness.py takes
+them, and the folder of the states. Each rank checks what it finds; going on from a state that was
+saved with the same stage on as many ranks must change no bit. A case of `collapse` has a loss scale
+that overflows and may be halved once.
 """
 
 import json
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
@@ -26,6 +28,7 @@ from tests.workers.exactness import (
 )
 from zerobert import distributed, training_state
 from zerobert.engine import Engine, init_distributed, leave_distributed
+from zerobert.errors import TrainingDivergedError
 from zerobert.training_state import MOMENTS, WEIGHTS, StateReader
 
 STEPS_BEFORE, STEPS_AFTER = 3, 2
@@ -84,6 +87,16 @@ def go_on(case: Case, folder: Path, *, is_same: bool) -> None:
     engine.close()
 
 
+def collapse(case: Case) -> None:
+    """The first overflow lowers the loss scale, the second ends the training, on every rank."""
+    engine, _ = start(case)
+    train(engine, case, 0, 1)
+    assert engine.skipped_steps == 1
+    with pytest.raises(TrainingDivergedError, match=r"at 1\.04858e\+06 too, the least loss scale"):
+        train(engine, case, 1, 2)
+    engine.close()
+
+
 def check_alike(
     got: dict[str, Tensor], wanted: dict[str, Tensor], case: Case, *, is_same: bool
 ) -> None:
@@ -105,7 +118,9 @@ def main() -> None:
     get_accelerator().is_fp16_supported = lambda: True
     for case in cases:
         print(case["name"], case.get("state"), file=sys.stderr, flush=True)
-        if what == "save":
+        if what == "collapse":
+            collapse(case)
+        elif what == "save":
             save(case, folder / case["state"])
         else:
             go_on(case, folder / case["state"], is_same=case["is_same"])
