@@ -110,6 +110,16 @@ def test_every_stage_goes_on_from_every_other(before: int, after: int, tmp_path:
     walk(saved, before, after, tmp_path, every=5)  # which meets each reader and each writer
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.timeout(1200)
+def test_a_state_goes_on_at_every_stage_on_a_gpu(tmp_path: Path) -> None:
+    saved: dict[str, Case] = {}
+    for precision in PRECISIONS:
+        saved.update(states(precision, "Lamb", tuple(ZEROS)))
+    walk(saved, 1, 1, tmp_path, every=3)
+
+
 def piece(name: str, offset: int, *values: float) -> Piece:
     return Piece(name=name, offset=offset, values={"weights": torch.tensor(values)})
 
