@@ -225,7 +225,7 @@ def _save_step(
 ) -> None:
     checkpoint.save_model(
         folder,
-        model,
+        model.state_dict(),
         job.folder.config,
         job.tokenizer,
         card=_card(job, settings, evaluation),

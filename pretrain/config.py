@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from pretrain.guard import GuardConfig
 from zerobert import engine, schedule
 from zerobert.checkpoint import ModelFolder, open_model
 from zerobert.config import BertConfig, check_keys, from_dict, load_json
@@ -85,6 +86,7 @@ class RunConfig:
         eval_steps: 0 evaluates at the end only.
         eval_rows: held-out rows of an evaluation on the way, 0 for all; the last one uses all.
         keep_states: training states that are kept, counted from the newest; models are all kept.
+        keep_every_steps: beside those, states of every multiple of this are kept; 0 for none.
     """
 
     max_steps: int | None = None
@@ -98,12 +100,13 @@ class RunConfig:
     eval_steps: int = 1000
     eval_rows: int = 10_000
     keep_states: int = 2
+    keep_every_steps: int = 0
 
     def __post_init__(self) -> None:
         for name in ("logging_steps", "save_steps", "keep_states"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: wanted at least 1, got {getattr(self, name)}")
-        for name in ("eval_steps", "eval_rows", "seed"):
+        for name in ("eval_steps", "eval_rows", "keep_every_steps", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: wanted at least 0, got {getattr(self, name)}")
         for name in ("max_steps", "max_samples", "num_train_epochs", "max_train_s"):
@@ -128,6 +131,7 @@ class BertSection:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
     kernels: Kernels = dataclasses.field(default_factory=Kernels)
 
@@ -487,6 +491,8 @@ _FREE = (
     "bert.run.eval_steps",
     "bert.run.eval_rows",
     "bert.run.keep_states",
+    "bert.run.keep_every_steps",
+    "bert.guard",
     "bert.run.max_steps",
     "bert.run.max_samples",
     "bert.run.num_train_epochs",
@@ -501,12 +507,10 @@ def identity(
 
     Of the limits of its length it is the one that the rate depends on.
     """
-    zero = resolved.get("zero_optimization", {})
     by_time = resolved["bert"].get("schedule", {}).get("by") == "time"
     flat: dict[str, Any] = {
         "total_steps": None if by_time else steps,
         "max_train_s": resolved["bert"]["run"]["max_train_s"] if by_time else None,
-        "zero_optimization.stage above 0": zero.get("stage", 0) > 0,
         "train_batch_size": sizes.global_samples,
         "train_micro_batch_size_per_gpu": sizes.micro_samples,
     }

@@ -20,7 +20,7 @@ from pretrain.data import StepLoader, evaluation_batches, fingerprint
 from pretrain.masking import Masking, masking_of
 from pretrain.order import sample_order
 from pretrain.signals import StopRequest
-from pretrain.state import RunFolder, TrainState
+from pretrain.state import RunFolder, Saver, TrainState
 from zerobert import checkpoint, distributed, engine, kernels, manifest
 from zerobert.device import peak_flops
 from zerobert.engine import Engine
@@ -180,6 +180,7 @@ def prepare(args: argparse.Namespace, *, micro_samples: int | None = None) -> Ex
             ),
             inputs=inputs,
             keep_states=config.bert.run.keep_states,
+            keep_every_steps=config.bert.run.keep_every_steps,
         ),
         sizes=sizes,
         steps=steps,
@@ -457,7 +458,10 @@ def _loop(
     )
     _print_header(run, training)
     profiling = loop.profile(run.folder.path) if args.profile and distributed.is_main() else None
-    with profiling or contextlib.nullcontext() as profiler:
+    with (
+        profiling or contextlib.nullcontext() as profiler,
+        contextlib.closing(Saver(run.folder)) as saver,
+    ):
         code = loop.train(
             training,
             loader,
@@ -475,8 +479,9 @@ def _loop(
                 flops_per_sequence=run.flops_per_sequence,
                 nsp=run.nsp,
                 peak_flops=peak_flops(training.device),
+                guard=run.config.bert.guard,
             ),
-            run.folder,
+            saver,
             tracker,
             stop,
             profiler,

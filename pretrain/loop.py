@@ -1,5 +1,6 @@
 """The training loop and the evaluation: read it from top to bottom."""
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -14,8 +15,9 @@ from tqdm import tqdm
 
 from pretrain import state as run_state
 from pretrain.data import StepBatch, StepLoader, dropout_seed
+from pretrain.guard import GuardConfig, SpikeGuard
 from pretrain.signals import StopRequest
-from pretrain.state import RunFolder, TrainState
+from pretrain.state import Saver, TrainState
 from zerobert import distributed
 from zerobert.engine import Engine
 from zerobert.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, TrainingDivergedError
@@ -43,6 +45,7 @@ class LoopConfig:
     flops_per_sequence: float
     nsp: bool = True
     peak_flops: float | None
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -74,12 +77,15 @@ def train(
     held_out: HeldOut | None,
     state: TrainState,
     cfg: LoopConfig,
-    run: RunFolder,
+    saver: Saver,
     tracker: Tracker | None,
     stop: StopRequest,
     profiler: Any = None,
 ) -> int:
     """Train to the last step, to the end of the time, or until asked to stop; saves in each case.
+
+    Where the guard is set to `rollback`, a training that goes wrong goes on from an earlier state
+    behind the samples that it went wrong on.
 
     Args:
         held_out: gives this rank's held-out batches, all of them when called with True; None where
@@ -90,59 +96,124 @@ def train(
         0, or the exit code of the signal that ended the run.
 
     Raises:
-        TrainingDivergedError: the loss is not a finite number.
+        TrainingDivergedError: the loss is not a finite number, or far above what it was.
+        DataError: a save failed.
     """
-    engine.train()
     exit_code = agreed_exit_code(stop)
     if exit_code:  # asked to end before there was anything to save
         return exit_code
-    window = Window()
+    num_rollbacks = 0
+    while True:
+        try:
+            exit_code = train_on(
+                engine, loader, held_out, state, cfg, saver, tracker, stop, profiler
+            )
+        except TrainingDivergedError as error:
+            if cfg.guard.action == "stop" or num_rollbacks == cfg.guard.max_rollbacks:
+                raise
+            num_rollbacks += 1
+            roll_back(engine, state, cfg, saver, tracker, error)
+        else:
+            saver.wait()
+            return exit_code
+
+
+def train_on(
+    engine: Engine,
+    loader: StepLoader,
+    held_out: HeldOut | None,
+    state: TrainState,
+    cfg: LoopConfig,
+    saver: Saver,
+    tracker: Tracker | None,
+    stop: StopRequest,
+    profiler: Any,
+) -> int:
+    """`train`, as long as nothing goes wrong."""
+    engine.train()
+    exit_code = 0
+    window, spikes = Window(), SpikeGuard(cfg.guard)
     saved_step = state.step
     started_s = time.perf_counter() - state.elapsed_s
-    batches = loader.steps(state.samples)
     last_step = math.inf if cfg.total_steps is None else cfg.total_steps
     budget_s = math.inf if cfg.max_train_s is None else cfg.max_train_s
-    while state.step < last_step and not exit_code:
-        waited_s = time.perf_counter()
-        batch = next(batches)
-        window.reader_s += time.perf_counter() - waited_s
+    steps = loader.steps(state.position)
+    with contextlib.closing(steps) as batches:  # type: ignore[type-var]
+        while state.step < last_step and not exit_code:
+            waited_s = time.perf_counter()
+            batch = next(batches)
+            window.reader_s += time.perf_counter() - waited_s
 
-        shared = share(batch, time.perf_counter() - started_s, stop)
-        exit_code = shared.exit_code
-        if shared.elapsed_s >= budget_s:
-            state.elapsed_s = shared.elapsed_s
-            break
-        # As in DeepSpeed, a step that an overflow left out does not move the schedule.
-        window.lr = cfg.rate(state.step - engine.skipped_steps, shared.elapsed_s)
-        train_step(engine, batch, shared, window, cfg.seed)
-        state.advance(samples=engine.global_batch_samples, tokens=shared.num_tokens)
-        state.elapsed_s = time.perf_counter() - started_s
-        if profiler is not None:
-            profiler.step()
+            shared = share(batch, time.perf_counter() - started_s, stop)
+            exit_code = shared.exit_code
+            if shared.elapsed_s >= budget_s:
+                state.elapsed_s = shared.elapsed_s
+                break
+            # As in DeepSpeed, a step that an overflow left out does not move the schedule.
+            window.lr = cfg.rate(state.step - engine.skipped_steps, shared.elapsed_s)
+            train_step(engine, batch, shared, window, cfg.seed)
+            state.advance(samples=engine.global_batch_samples, tokens=shared.num_tokens)
+            state.elapsed_s = time.perf_counter() - started_s
+            if profiler is not None:
+                profiler.step()
 
-        is_last = state.step == last_step
-        if state.step % cfg.logging_steps == 0 or is_last or exit_code:
-            log(engine, window, state, cfg, tracker)  # waits for the device
-            window = Window()
-        pause_s = time.perf_counter()
-        if state.step % cfg.save_steps == 0 or is_last or exit_code:
-            check_finite(engine, window, state.step)
-            run_state.save(engine, state, run)
-            saved_step = state.step
-        is_review = cfg.eval_steps and state.step % cfg.eval_steps == 0
-        if held_out and is_review and not is_last and not exit_code:
-            exit_code = evaluate(engine, held_out(False), state.step, tracker, stop)
-        window.started_s += time.perf_counter() - pause_s
-    batches.close()  # type: ignore[attr-defined]
+            is_last = state.step == last_step
+            if state.step % cfg.logging_steps == 0 or is_last or exit_code:
+                loss = log(engine, window, state, cfg, tracker)  # waits for the device
+                spikes.check(loss, state.step)
+                window = Window()
+            pause_s = time.perf_counter()
+            saver.check()
+            if state.step % cfg.save_steps == 0 or is_last or exit_code:
+                check_finite(engine, window, state.step)
+                saver.save(engine, state)
+                saved_step = state.step
+            is_review = cfg.eval_steps and state.step % cfg.eval_steps == 0
+            if held_out and is_review and not is_last and not exit_code:
+                exit_code = evaluate(engine, held_out(False), state.step, tracker, stop)
+            window.started_s += time.perf_counter() - pause_s
     # The time was over between two lines, or a signal came during an evaluation on the way.
     if window.steps:
         log(engine, window, state, cfg, tracker)
     if saved_step != state.step:
         check_finite(engine, window, state.step)
-        run_state.save(engine, state, run)
+        saver.save(engine, state)
     if held_out and not exit_code:
         exit_code = evaluate(engine, held_out(True), state.step, tracker, stop)
     return exit_code
+
+
+def roll_back(
+    engine: Engine,
+    state: TrainState,
+    cfg: LoopConfig,
+    saver: Saver,
+    tracker: Tracker | None,
+    error: TrainingDivergedError,
+) -> None:
+    """Bring the engine and `state` back to where a state was saved, and skip what came after it;
+    collective.
+
+    Raises:
+        TrainingDivergedError: this very error: there is no state to go back to.
+    """
+    wrong = dataclasses.replace(state)
+    target = saver.go_back(wrong, cfg.guard.rollback_states, str(error))
+    if target is None:
+        raise error
+    restored = run_state.restore(engine, target)
+    restored.position = wrong.position
+    # The time that was lost is spent all the same.
+    restored.elapsed_s = wrong.elapsed_s
+    for field in dataclasses.fields(state):
+        setattr(state, field.name, getattr(restored, field.name))
+    if tracker is not None:
+        print(
+            f"rolled back from step {wrong.step} to step {state.step}: {error}; the samples up to "
+            f"number {wrong.position - 1} are left out",
+            flush=True,
+        )
+        tracker.event(wrong.step, "rollback", to_step=state.step, reason=str(error))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,8 +277,11 @@ def log(
     state: TrainState,
     cfg: LoopConfig,
     tracker: Tracker | None,
-) -> None:
+) -> float:
     """Means over the window: to the console, metrics.jsonl and the trackers; collective.
+
+    Returns:
+        The mean loss.
 
     Raises:
         TrainingDivergedError: the loss is not a finite number.
@@ -219,11 +293,11 @@ def log(
     seconds = time.perf_counter() - window.started_s
     samples_per_s = window.samples / seconds
     flops_per_s = samples_per_s * cfg.flops_per_sequence / distributed.world_size()
-    epoch, position = divmod(state.samples, cfg.rows_of_epoch)
+    epoch, position = divmod(state.position, cfg.rows_of_epoch)
     metrics = {
         "samples": state.samples,
         "tokens": state.tokens,
-        "epoch": state.samples / cfg.rows_of_epoch,
+        "epoch": state.position / cfg.rows_of_epoch,
         "elapsed_s": state.elapsed_s,
         "train/loss": mlm_loss + nsp_loss,
         "train/mlm_loss": mlm_loss,
@@ -249,6 +323,7 @@ def log(
         )
         tracker.log(state.step, metrics)
     check_finite(engine, window, state.step)
+    return mlm_loss + nsp_loss
 
 
 def check_finite(engine: Engine, window: Window, step: int) -> None:
@@ -263,8 +338,10 @@ def check_finite(engine: Engine, window: Window, step: int) -> None:
     if not math.isfinite(total):
         raise TrainingDivergedError(
             f"the loss or its gradient is no finite number at step {step}; the states saved before "
-            "are kept: lower the learning rate or lengthen the warm-up, and start from a model of "
-            "this run with --init_from, in another --output_dir"
+            'are kept: set "guard": {"action": "rollback"} in the JSON\'s "bert" section and run '
+            "the same command again, which leaves out the samples that did it; or lower the "
+            "learning rate and start from a model of this run with --init_from, in another "
+            "--output_dir"
         )
 
 

@@ -4,30 +4,41 @@ A folder is complete or absent; `latest` moves last.
 """
 
 import dataclasses
+import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from pretrain.config import check_same_run
-from zerobert import checkpoint, distributed, manifest
+from zerobert import checkpoint, distributed, manifest, training_state
 from zerobert.config import BertConfig
 from zerobert.engine import Engine, precision
-from zerobert.errors import CheckpointError, ConfigError, ManifestError, ZerobertError
+from zerobert.errors import CheckpointError, ConfigError, ManifestError
 from zerobert.tokenizer import WordPieceTokenizer
+from zerobert.training_state import Snapshot
 
 LATEST_NAME = "latest"
-# DeepSpeed leaves them beside its checkpoints; model_<step>/ is what they would make.
-_DEEPSPEED_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
+SKIPPED_NAME = "skipped.json"
 
 
 @dataclasses.dataclass(kw_only=True)
 class TrainState:
-    """Where a run stands: all that changes in it beside weights and optimizer."""
+    """Where a run stands: all that changes in it beside weights and optimizer.
+
+    Attributes:
+        samples: sequences trained on.
+        position: the next sequence in the order of the data; more than `samples` where some were
+            left out.
+    """
 
     step: int = 0
     samples: int = 0
+    position: int = 0
     tokens: int = 0
     elapsed_s: float = 0.0
 
@@ -35,6 +46,7 @@ class TrainState:
         """Count one optimizer step."""
         self.step += 1
         self.samples += samples
+        self.position += samples
         self.tokens += tokens
 
 
@@ -54,70 +66,171 @@ class RunFolder:
     identity: Mapping[str, Any]
     inputs: Mapping[str, str]
     keep_states: int
+    keep_every_steps: int = 0
 
 
-def save(engine: Engine, state: TrainState, run: RunFolder) -> None:
-    """Write the model folder, then the state, then `latest`; collective.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """One time that a run went back: from that state on it goes on behind `end_sample`."""
 
-    Raises:
-        DataError: a folder can't be written (on rank 0; the launcher ends the others).
-    """
-    weights = engine.full_state()
-    if distributed.is_main():
-        _save_model(engine, weights, state, run)
-    folder = run.path / f"state_{state.step}"
-    staging = manifest.staging_path(folder)
-    if distributed.is_main():
-        shutil.rmtree(staging, ignore_errors=True)
-        with manifest.writing(staging):
-            staging.mkdir(parents=True)
-    distributed.barrier()
+    to_step: int
+    from_step: int
+    end_sample: int
+    reason: str
+
+
+def _read_skipped(path: Path) -> list[Skipped]:
     try:
-        engine.save(staging, dataclasses.asdict(state))
-        distributed.barrier()
-        if distributed.is_main():
-            for name in _DEEPSPEED_SCRIPTS:
-                (run.path / name).unlink(missing_ok=True)
-            config = {
-                "step": state.step,
-                "world_size": distributed.world_size(),
-                "identity": dict(run.identity),
-            }
-            manifest.write_manifest(staging, kind="state", config=config, inputs=run.inputs)
-            manifest.publish_folder(staging, folder)
-            manifest.write_text(run.path / LATEST_NAME, folder.name + "\n")
-            _prune(run.path, run.keep_states)
-    except ZerobertError:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    distributed.barrier()
+        notes = json.loads((path / SKIPPED_NAME).read_text(encoding="utf-8"))
+        return [Skipped(**note) for note in notes]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path / SKIPPED_NAME} can't be read: {error}") from error
 
 
-def _save_model(
-    engine: Engine, weights: Mapping[str, Any], state: TrainState, run: RunFolder
-) -> None:
+class Saver:
+    """Writes a run's folders in the background: the training goes on when its state is copied.
+
+    One save at a time: the next one waits for it, and so does the end of the run. Every rank writes
+    the pieces that it holds; rank 0 then makes the model folder of them, completes the state, and
+    moves `latest` to it.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
+        self._group = distributed.new_group()
+        self._pending: Future[None] | None = None
+
+    def save(self, engine: Engine, state: TrainState) -> None:
+        """Copy what is to be saved, and begin to write it; collective.
+
+        Raises:
+            DataError: the save before this one failed.
+        """
+        self.wait()
+        copies = engine.snapshot(), dataclasses.replace(state)
+        self._pending = self._pool.submit(self._write, *copies)
+
+    def check(self) -> None:
+        """Let the outcome of a save be known as soon as it has one.
+
+        Raises:
+            DataError: a folder can't be written; on the rank that noticed, the others end quietly.
+        """
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the save that is under way.
+
+        Raises:
+            DataError: as in `check`.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """End the thread; a save that is under way is finished first."""
+        self._pool.shutdown()
+
+    def go_back(self, wrong: TrainState, num_states: int, reason: str) -> Path | None:
+        """Make an earlier state the newest, and note what is to be skipped behind it; collective.
+
+        Args:
+            wrong: where the training stands, up to which all samples behind the earlier state are
+                to be skipped.
+            num_states: how many states to go back, 1 for the newest; fewer where there are no more.
+
+        Returns:
+            The earlier state; None where there is none.
+        """
+        self.wait()
+        target: Path | None = None  # on rank 0
+        with distributed.one_voice():
+            if distributed.is_main():
+                states = _states(self._run.path)
+                target = _first_sound(states[min(num_states, len(states)) - 1 :])
+            if target is not None:
+                note = Skipped(
+                    to_step=saved_step(target),
+                    from_step=wrong.step,
+                    end_sample=wrong.position,
+                    reason=reason,
+                )
+                notes = [*_read_skipped(self._run.path), note]
+                manifest.write_json(
+                    self._run.path / SKIPPED_NAME, [dataclasses.asdict(each) for each in notes]
+                )
+                supersede(self._run.path, target)
+                manifest.write_text(self._run.path / LATEST_NAME, target.name + "\n")
+        found: Path | None = distributed.broadcast_object(target)
+        return found
+
+    def _write(self, snapshot: Snapshot, state: TrainState) -> None:
+        """All of one save, on every rank: complete, or nothing of it is left."""
+        folder = self._run.path / f"state_{state.step}"
+        staging = manifest.staging_path(folder)
+        try:
+            with distributed.one_voice(self._group):
+                if distributed.is_main():
+                    shutil.rmtree(staging, ignore_errors=True)
+                    with manifest.writing(staging):
+                        staging.mkdir(parents=True)
+            with distributed.one_voice(self._group):
+                training_state.write_pieces(staging, distributed.rank(), snapshot.pieces)
+            with distributed.one_voice(self._group):
+                if distributed.is_main():
+                    self._complete(staging, folder, snapshot, state)
+        except BaseException:
+            if distributed.is_main():
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+    def _complete(self, staging: Path, folder: Path, snapshot: Snapshot, state: TrainState) -> None:
+        """Rank 0: the model folder first, so that a state never lies there without it."""
+        run = self._run
+        training_state.write_index(staging, snapshot)
+        reader = training_state.StateReader(staging)
+        _save_model(dict(reader.weights()), state, run)
+        config = {
+            "step": state.step,
+            "world_size": distributed.world_size(),
+            "identity": dict(run.identity),
+            "train_state": dataclasses.asdict(state),
+        }
+        manifest.write_manifest(staging, kind="state", config=config, inputs=run.inputs)
+        manifest.publish_folder(staging, folder)
+        manifest.write_text(run.path / LATEST_NAME, folder.name + "\n")
+        _prune(run)
+
+
+def _save_model(weights: Mapping[str, Tensor], state: TrainState, run: RunFolder) -> None:
+    has_nsp = any(name.startswith("cls.seq_relationship.") for name in weights)
     facts = {
         "optimizer steps": state.step,
         "sequences": state.samples,
         "tokens": state.tokens,
-        "training": "masked LM + next sentence prediction",
+        "training": "masked LM" + (" + next sentence prediction" if has_nsp else ""),
         "precision": precision(run.resolved),
     }
     checkpoint.save_model(
         run.path / f"model_{state.step}",
-        engine.module,
+        weights,
         run.model,
         run.tokenizer,
         card=checkpoint.model_card(title="BERT pretrained with zerobert", facts=facts),
-        state=weights,
         source=run.resolved,
         inputs=run.inputs,
     )
 
 
-def _prune(path: Path, keep: int) -> None:
-    for folder in _states(path)[keep:]:
-        shutil.rmtree(folder, ignore_errors=True)
+def _prune(run: RunFolder) -> None:
+    for folder in _states(run.path)[run.keep_states :]:
+        if not run.keep_every_steps or saved_step(folder) % run.keep_every_steps:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _states(path: Path) -> list[Path]:
@@ -143,7 +256,15 @@ def find_state(path: Path, resume: str) -> Path | None:
     """
     if resume == "never":
         return None
-    candidates = _states(path) if resume == "auto" else [Path(resume)]
+    return _first_sound(_states(path) if resume == "auto" else [Path(resume)])
+
+
+def _first_sound(candidates: Sequence[Path]) -> Path | None:
+    """The first state whose files are what they were, None of none.
+
+    Raises:
+        CheckpointError: there are states, and all are damaged.
+    """
     problems = []
     for folder in candidates:
         try:
@@ -185,27 +306,24 @@ def check_resumable(folder: Path, run: RunFolder) -> None:
     """Hold a state against the run that is to go on from it.
 
     Raises:
-        ConfigError: the state is of a run with other settings or another number of processes.
+        ConfigError: the state is of a run with other settings.
     """
     saved = manifest.read_manifest(folder).config
     check_same_run(saved["identity"], run.identity, str(folder))
-    if saved["world_size"] != distributed.world_size():
-        raise ConfigError(
-            f"{folder} was saved by {saved['world_size']} processes, this run has "
-            f"{distributed.world_size()}; resume with --n_gpu {saved['world_size']}"
-        )
 
 
 def restore(engine: Engine, folder: Path) -> TrainState:
-    """Bring an engine to where a state was saved; collective.
+    """Bring an engine to where a state was saved, behind the samples that the run of this folder
+    was to skip there; collective.
 
     Raises:
-        CheckpointError: the state can't be loaded.
+        CheckpointError: the state can't be loaded, or is of another model.
     """
-    client_state = engine.load(folder)
-    return TrainState(
-        **{field.name: client_state[field.name] for field in dataclasses.fields(TrainState)}
-    )
+    engine.restore(training_state.StateReader(folder))
+    state = TrainState(**manifest.read_manifest(folder).config["train_state"])
+    ends = [note.end_sample for note in _read_skipped(folder.parent) if note.to_step == state.step]
+    state.position = max([state.position, *ends])
+    return state
 
 
 def claim(path: Path) -> None:
@@ -222,8 +340,7 @@ def claim(path: Path) -> None:
         raise ConfigError(
             f"another run is writing into {path}; wait for its end or choose another --output_dir"
         )
-    for leftover in manifest.leftovers(path):  # of a run that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+    manifest.remove_leftovers(path)  # of a run that was killed
 
 
 def supersede(path: Path, resumed: Path) -> None:

@@ -185,23 +185,22 @@ def _standard_name(name: str) -> str:
 
 def save_model(
     folder: Path,
-    model: nn.Module,
+    state: Mapping[str, Tensor],
     config: BertConfig,
     tokenizer: WordPieceTokenizer,
     *,
     card: str,
     labels: Sequence[str] = (),
     is_regression: bool = False,
-    state: Mapping[str, Tensor] | None = None,
     source: Mapping[str, Any],
     inputs: Mapping[str, str],
 ) -> None:
     """Write a model folder, complete or not at all.
 
     Args:
+        state: the weights, by Hugging Face's names; they are written in fp32.
         card: the text of the model card.
         labels: a classifier's label names in order; none for a pretrained model.
-        state: the weights, where they are not the model's own (fp32 masters of a 16-bit model).
         source: how the model was made, for the manifest.
         inputs: name -> sha256 of what it was made from.
 
@@ -217,7 +216,7 @@ def save_model(
     with manifest.staged_folder(folder) as staging:
         write_model_files(
             staging,
-            state if state is not None else model.state_dict(),
+            state,
             config,
             tokenizer,
             card=card,

@@ -35,6 +35,13 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def new_group() -> dist.ProcessGroup | None:
+    """One more gloo group of all processes, for a thread of its own; None where there is one
+    process. Collective.
+    """
+    return dist.new_group(backend="gloo") if world_size() > 1 else None
+
+
 @functools.lru_cache(maxsize=1)
 def _cpu_group() -> dist.ProcessGroup | None:
     """A gloo group of all processes; None for the default group where that is gloo already."""
@@ -74,11 +81,14 @@ def broadcast_object(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def one_voice() -> Iterator[None]:
-    """Let one process speak for all when preparation fails.
+def one_voice(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Let one process speak for all when something fails that only some may notice.
 
     The first failing rank's error is raised there, and the others exit quietly with the same code.
     Every process must pass through.
+
+    Args:
+        group: of `new_group`, in another thread than the main one.
 
     Raises:
         ZerobertError: this process's own, if no lower rank has failed.
@@ -92,7 +102,7 @@ def one_voice() -> Iterator[None]:
     failed = [error is not None]
     if world_size() > 1:
         failed = [False] * world_size()
-        dist.all_gather_object(failed, error is not None, group=_cpu_group())
+        dist.all_gather_object(failed, error is not None, group=group or _cpu_group())
     if True not in failed:
         return
     if error is not None and failed.index(True) == rank():

@@ -5,28 +5,22 @@ What was run so far: gloo on CPU, fp32 and bf16. CUDA, nccl and fp16 are written
 source and have not run on a device yet.
 """
 
+import dataclasses
 import os
 import socket
 import warnings
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_set_full_fp32_param,
-    safe_set_local_fp32_param,
-)
 from torch import Tensor, nn
 
-from zerobert import distributed
-from zerobert.errors import CheckpointError, ConfigError
-from zerobert.manifest import writing
+from zerobert import distributed, zero
+from zerobert.errors import ConfigError, TrainingDivergedError
 from zerobert.optim import Lamb
+from zerobert.training_state import MOMENTS, WEIGHTS, Piece, Snapshot, StateReader
 
 _SECTIONS = (
     "fp16",
@@ -48,6 +42,8 @@ _UNSERVED_ZERO = (
     "cpu_offload",
     "cpu_offload_param",
 )
+# What DeepSpeed's dynamic loss scale consists of.
+_LOSS_SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _BFLOAT16_NAMES = ("bfloat16", "bf16", "torch.bfloat16")
 
 # DeepSpeed's top-level keys for training. It accepts others in silence, misspelt ones too.
@@ -238,6 +234,25 @@ def check_device(ds_config: Mapping[str, Any]) -> None:
         raise ConfigError("this device can't train in bf16; pass --precision fp16 or fp32")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Shard:
+    """An fp32 tensor that the optimizer steps, and where parameters lie in it.
+
+    Attributes:
+        is_shared: whether other ranks hold the rest; else all hold the same.
+    """
+
+    tensor: Tensor
+    places: tuple[tuple[str, zero.Segment], ...]
+    is_shared: bool
+
+    def parts(self, tensor: Tensor) -> Iterator[tuple[str, zero.Segment, Tensor]]:
+        """The parameters' parts as views of the tensor, or of one of its moments."""
+        flat = tensor.detach().view(-1)
+        for name, place in self.places:
+            yield name, place, flat[place.start : place.start + place.length]
+
+
 class Engine:
     """A model in training: micro-steps, optimizer steps, and its state on disk.
 
@@ -255,8 +270,13 @@ class Engine:
         config = _completed(ds_config, optimizer)
         self._stage = config.get("zero_optimization", {}).get("stage", 0)
         self._precision = precision(config)
-        # At stage 3 a parameter's shape is gone once DeepSpeed has it.
+        # At stage 3 a parameter's shape is gone once DeepSpeed has it. What the state dict leaves
+        # out at the end of a tensor is padding.
         self._rows = {name: len(tensor) for name, tensor in model.state_dict().items()}
+        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._optimizer = optimizer
+        self._groups = [list(group["params"]) for group in optimizer.param_groups]
         exact = (
             {name: p.detach().clone() for name, p in model.named_parameters()}
             if self._is_16_bit
@@ -314,44 +334,46 @@ class Engine:
         self._update_scale = optimizer._update_scale
 
         def at_once_if_overflow(has_overflow: bool) -> None:
-            if has_overflow:
+            self._is_scale_spent = has_overflow and self._is_scale_at_least()
+            if has_overflow and not self._is_scale_spent:
                 self._update_scale(True)
 
         optimizer._update_scale = at_once_if_overflow
+
+    def _is_scale_at_least(self) -> bool:
+        """Whether no overflow can lower the loss scale any more."""
+        scaler = self._loss_scaler
+        is_dynamic = getattr(scaler, "dynamic_loss_scale", getattr(scaler, "dynamic", False))
+        least = getattr(scaler, "min_scale", getattr(scaler, "min_loss_scale", None))
+        patience = getattr(scaler, "cur_hysteresis", 1)
+        return bool(is_dynamic and scaler.cur_scale <= least and patience <= 1)
 
     @torch.no_grad()
     def _set_masters(self, exact: Mapping[str, Tensor]) -> None:
         """Start the fp32 masters from the model's own weights: DeepSpeed's are rounded to 16 bits
         first.
         """
-        masters = self._whole_masters()
-        for name, parameter in self.module.named_parameters():
-            if masters:
-                masters[parameter].copy_(exact[name])
-                continue
-            values = exact[name].float().to(self.device)
-            if self._stage == 3:  # DeepSpeed sets no whole one that its ranks can't share evenly
-                safe_set_local_fp32_param(parameter, self._share(values))
-            else:
-                safe_set_full_fp32_param(parameter, values)
+        for shard in self._shards():
+            for name, place, values in shard.parts(shard.tensor):
+                values.copy_(exact[name].flatten()[place.offset :][: place.length])
 
-    @staticmethod
-    def _share(values: Tensor) -> Tensor:
-        """This rank's part at stage 3: all are of one length, the last may end in padding."""
-        length = -(-values.numel() // distributed.world_size())
-        padding = length * distributed.world_size() - values.numel()
-        return F.pad(values.flatten(), (0, padding))[length * distributed.rank() :][:length]
-
-    def _whole_masters(self) -> dict[nn.Parameter, Tensor]:
-        """The fp32 masters that are not sharded: at stage 0 in 16 bits."""
-        if self._wrapper is None:
-            return {}
-        groups = zip(self._wrapper.fp16_groups, self._wrapper.fp32_groups, strict=True)
-        return {
-            parameter: master
-            for parameters, masters in groups
-            for parameter, master in zip(parameters, masters, strict=True)
-        }
+    def _shards(self) -> Iterator["_Shard"]:
+        """The fp32 tensors that this rank's optimizer steps, and the parameters inside them."""
+        if self._stage == 3:
+            wrapper: Any = self._engine.optimizer
+            flat = ([tensor] for tensor in wrapper.fp32_partitioned_groups_flat)
+            pairs = zip(wrapper.fp16_groups, flat, strict=True)
+        else:
+            steps = (group["params"] for group in self._optimizer.param_groups)
+            pairs = zip(self._groups, steps, strict=True)
+        for parameters, tensors in pairs:
+            layout = zero.locate(parameters, tensors)
+            for tensor, segments in zip(tensors, layout.segments, strict=True):
+                yield _Shard(
+                    tensor=tensor,
+                    places=tuple((self._names[parameters[s.index]], s) for s in segments),
+                    is_shared=layout.is_shared,
+                )
 
     @property
     def device(self) -> torch.device:
@@ -414,7 +436,11 @@ class Engine:
         return bool(self._engine.is_gradient_accumulation_boundary())
 
     def step(self, lr: float) -> None:
-        """End a micro-step; after the last of a batch, update the weights at this learning rate."""
+        """End a micro-step; after the last of a batch, update the weights at this learning rate.
+
+        Raises:
+            TrainingDivergedError: gradients overflow at the least loss scale there is.
+        """
         is_update = self.at_boundary
         if is_update:
             for group in self._engine.optimizer.param_groups:
@@ -422,8 +448,15 @@ class Engine:
             self._norm_before_step = self._plain_grad_norm()
             self._scale_of_step = self.loss_scale if self._wrapper is not None else 1.0
         self._engine.step()
-        if is_update and self._precision == "fp16" and not self._engine.optimizer.overflow:
+        if not is_update or self._precision != "fp16":
+            return
+        if not self._engine.optimizer.overflow:
             self._update_scale(False)
+        elif self._is_scale_spent:
+            raise TrainingDivergedError(
+                f"gradients overflow in fp16 at {self.loss_scale:g} too, the least loss scale: the "
+                "training has diverged; lower the learning rate, lengthen the warm-up, or use bf16"
+            )
 
     def _plain_grad_norm(self) -> Tensor | None:
         """The gradient norm where DeepSpeed keeps none: fp32 at stage 0."""
@@ -440,58 +473,105 @@ class Engine:
             return float(self._norm_before_step)
         return float(self._engine.get_global_grad_norm()) / self._scale_of_step
 
-    def full_state(self) -> dict[str, Tensor]:
-        """The model's weights in fp32, from the optimizer's master copies; collective.
+    def snapshot(self) -> Snapshot:
+        """Copies of all that this rank has to save, taken between two steps."""
+        pieces: list[Piece] = []
+        steps: set[int] = set()
+        for shard in self._shards():
+            state = self._optimizer.state.get(shard.tensor, {})
+            if "step" in state:
+                steps.add(int(state["step"]))
+            if not shard.is_shared and not distributed.is_main():
+                continue  # every rank has the same
+            kinds = {WEIGHTS: shard.tensor, **{k: state[k] for k in MOMENTS if k in state}}
+            values: dict[str, dict[str, Tensor]] = {}
+            for kind, tensor in kinds.items():
+                for name, _, part in shard.parts(tensor):
+                    values.setdefault(name, {})[kind] = part.detach().to("cpu", copy=True)
+            pieces += [
+                Piece(name=name, offset=place.offset, values=values[name])
+                for name, place in shard.places
+            ]
+        assert len(steps) <= 1, steps
+        counters = {
+            "steps": self._engine.global_steps,
+            "skipped_steps": self.skipped_steps,
+            "optimizer_steps": max(steps, default=0),
+            "loss_scale": {
+                name: getattr(self._loss_scaler, name)
+                for name in _LOSS_SCALE_STATE
+                if hasattr(self._loss_scaler, name)
+            },
+        }
+        return Snapshot(
+            pieces=tuple(pieces), counters=counters, shapes=self._shapes, rows=self._rows
+        )
 
-        Returns:
-            Name -> CPU tensor, equal on every rank.
+    @torch.no_grad()
+    def restore(self, source: StateReader) -> None:
+        """Go back to a snapshot, of any number of ranks and any stage; collective.
+
+        Raises:
+            CheckpointError: it is of another model.
         """
-        state = {}
-        masters = self._whole_masters()
-        parameters = dict(self.module.named_parameters())
-        for name, num_rows in self._rows.items():
-            parameter = parameters[name]
-            if self._stage > 0:
-                master = safe_get_full_fp32_param(parameter)
+        source.check_shapes(self._shapes)
+        counters = source.counters
+        for shard in self._shards():
+            for kind in source.kinds:
+                for name, place, part in shard.parts(self._kept(shard.tensor, kind)):
+                    part.copy_(source.read(kind, name, place.offset, place.length))
+            if counters["optimizer_steps"]:
+                self._set_steps(shard.tensor, counters["optimizer_steps"])
             else:
-                master = masters.get(parameter, parameter)
-            # What the state dict leaves out at the end of a tensor is padding.
-            state[name] = master[:num_rows].detach().float().cpu()
-        return state
+                self._optimizer.state.pop(shard.tensor, None)
+        self._round_weights()
+        engine: Any = self._engine
+        engine.global_steps = counters["steps"]
+        engine.global_samples = counters["steps"] * self.global_batch_samples
+        engine.micro_steps = counters["steps"] * self.accumulation_steps
+        engine.skipped_steps = counters["skipped_steps"]
+        for name, value in counters["loss_scale"].items():
+            if hasattr(self._loss_scaler, name):
+                setattr(self._loss_scaler, name, value)
 
-    def save(self, folder: Path, client_state: Mapping[str, Any]) -> None:
-        """Write this engine's state into a folder; collective, and the folder exists already.
+    @property
+    def _loss_scaler(self) -> Any:
+        """What keeps the loss scale; None where there is none."""
+        if self._precision != "fp16":
+            return None
+        optimizer: Any = self._engine.optimizer
+        return optimizer.loss_scaler if self._wrapper is None else optimizer.loss_scale_config
 
-        Raises:
-            DataError: a file can't be written.
-        """
-        with writing(folder), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                self._engine.save_checkpoint(
-                    str(folder.parent),
-                    tag=folder.name,
-                    client_state=dict(client_state),
-                    save_latest=False,
-                )
-            except RuntimeError as error:  # how torch.save reports a full disk
-                raise OSError(str(error).splitlines()[0]) from error
+    def _kept(self, tensor: Tensor, kind: str) -> Tensor:
+        """A tensor that the optimizer steps, or one of its moments, made where it is missing."""
+        if kind == WEIGHTS:
+            return tensor
+        state = self._optimizer.state[tensor]
+        if kind not in state:
+            state[kind] = torch.zeros_like(tensor, requires_grad=False)
+        moment: Tensor = state[kind]
+        return moment
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Restore what `save` wrote, at the same world size; collective.
+    def _set_steps(self, tensor: Tensor, steps: int) -> None:
+        """Say how many steps an optimizer has taken on a tensor."""
+        count = torch.tensor(float(steps))
+        if self._optimizer.defaults.get("fused"):  # torch keeps it where the tensor is
+            count = count.to(tensor.device)
+        self._optimizer.state[tensor]["step"] = count
 
-        Returns:
-            The client state.
-
-        Raises:
-            CheckpointError: the folder does not hold this engine's state.
-        """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            path, client_state = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        if path is None:
-            raise CheckpointError(f"{folder} holds no training state; choose another with --resume")
-        return dict(client_state)
+    def _round_weights(self) -> None:
+        """Make the model's weights from the fp32 masters, as at the end of a step."""
+        optimizer: Any = self._engine.optimizer
+        if self._wrapper is not None:
+            for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+                torch._foreach_copy_(weights, masters)
+        elif self._stage == 3:
+            optimizer.checkpoint_event_prologue()
+            for number in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(number)
+            optimizer.checkpoint_event_epilogue()
+        elif self._stage > 0:
+            optimizer.update_lp_params()
 
     def close(self) -> None:
         """Let go of the model and the optimizer's state."""

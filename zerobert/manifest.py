@@ -121,6 +121,21 @@ def leftovers(parent: Path) -> list[Path]:
     return sorted(parent.glob(f"{_STAGING_PREFIX}*"))
 
 
+def remove_leftovers(parent: Path) -> None:
+    """Remove what a killed process left in a folder: folders never completed, files half written.
+
+    Whoever calls it holds the folder: nobody else writes there.
+    """
+    for folder in leftovers(parent):
+        shutil.rmtree(folder, ignore_errors=True)
+    _remove_half_written(parent)
+
+
+def _remove_half_written(folder: Path) -> None:
+    for unfinished in folder.glob(_TEMPORARY):
+        unfinished.unlink(missing_ok=True)
+
+
 def is_staging(path: Path) -> bool:
     """Whether the path lies in a folder that was never completed."""
     return any(part.startswith(_STAGING_PREFIX) for part in path.parts)
@@ -173,8 +188,7 @@ def resumable_folder(final: Path, identity: Mapping[str, Any]) -> Iterator[Path]
             with writing(final):
                 _empty(staging)
             write_json(staging / _IDENTITY_NAME, wanted)
-        for unfinished in staging.glob(_TEMPORARY):
-            unfinished.unlink(missing_ok=True)
+        _remove_half_written(staging)
         yield staging
         if final.exists():
             _remove_if_empty(final)

@@ -1,8 +1,8 @@
 """What a run says of itself: `metrics.jsonl` always, W&B when asked, `status.json` for scripts.
 
 `metrics.jsonl` has one JSON object a line, `{"step": n, "<name>": number or null, ...}`; lines are
-appended in the order of steps, and two lines may share a step. Only the main process opens a
-tracker.
+appended as the run goes, and two lines may share a step; a line with an `"event"` tells what
+happened in between. Only the main process opens a tracker.
 """
 
 import json
@@ -43,12 +43,22 @@ class Tracker:
         Raises:
             DataError: the line can't be written.
         """
-        line = json.dumps({"step": step, **{k: _finite(v) for k, v in metrics.items()}})
-        # Opened for each line: nothing stays in a buffer, not even what a full disk refused.
-        with writing(self._path), open(self._path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        self._append({"step": step, **{k: _finite(v) for k, v in metrics.items()}})
         if self._run is not None:
             self._run.log({"step": step, **{k: v for k, v in metrics.items() if v is not None}})
+
+    def event(self, step: int, event: str, **facts: str | int) -> None:
+        """Append a line `{"step": n, "event": "<name>", ...}` of something that happened.
+
+        Raises:
+            DataError: the line can't be written.
+        """
+        self._append({"step": step, "event": event, **facts})
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        # Opened for each line: nothing stays in a buffer, not even what a full disk refused.
+        with writing(self._path), open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def close(self, exit_code: int) -> None:
         """Finish the W&B run, waiting for its upload; twice is harmless.

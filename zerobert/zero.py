@@ -18,11 +18,16 @@ from torch import Tensor, nn
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Segment:
-    """The part of parameter number `index` that lies at `start` in a flat shard."""
+    """The part of parameter number `index` that lies at `start` in a flat shard.
+
+    Attributes:
+        offset: the place of its first value in the whole parameter, flattened.
+    """
 
     index: int
     start: int
     length: int
+    offset: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +81,9 @@ def _stages_1_and_2(parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor
         offset = int(parameter.storage_offset())
         start, end = max(offset, first), min(offset + parameter.numel(), first + shard.numel())
         if start < end:
-            segments.append(Segment(index=index, start=start - first, length=end - start))
+            segments.append(
+                Segment(index=index, start=start - first, length=end - start, offset=start - offset)
+            )
     return _layout(tensors, [tuple(segments)], len(parameters), process_group)
 
 
@@ -95,7 +102,7 @@ def _stage_3(optimizer: Any, tensors: Sequence[Tensor]) -> Layout:
         share = parameter.partition_numel()
         length = min(share, parameter.ds_numel - rank * share)
         if length > 0:
-            segments.append(Segment(index=index, start=start, length=length))
+            segments.append(Segment(index=index, start=start, length=length, offset=rank * share))
         start += share
     return _layout(tensors, [tuple(segments)], len(optimizer.fp16_groups[number]), process_group)
 

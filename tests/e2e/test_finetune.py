@@ -44,7 +44,9 @@ def place(tmp_path: Path) -> Path:
     tokenizer = WordPieceTokenizer([*SPECIAL_TOKENS, *WORDS], do_lower_case=True)
     torch.manual_seed(0)
     model = BertForPreTraining(config)
-    save_model(tmp_path / "model", model, config, tokenizer, card="", source={}, inputs={})
+    save_model(
+        tmp_path / "model", model.state_dict(), config, tokenizer, card="", source={}, inputs={}
+    )
     folder = tmp_path / "data" / "glue" / "SST-2"
     folder.mkdir(parents=True)
     rows = "".join(f"{text}\t{label}\n" for text, label in SENTENCES)

@@ -1,11 +1,14 @@
 """What the benchmarks compare is equal, and what they feed is what shards hold."""
 
 import argparse
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import optimizer_step, train_step
+from benchmarks import engine_overhead, optimizer_step, train_step
 from zerobert.config import SIZES, BertConfig
 from zerobert.shards import check_values
 
@@ -58,3 +61,21 @@ def test_batches_are_like_those_of_shards(seq_length: int) -> None:
     positions = arrays["masked_lm_positions"]
     assert ((positions > 0).sum(1) >= 1).all()
     assert positions.shape == (200, 20 if seq_length == 128 else 80)
+
+
+def test_an_engine_that_trains_otherwise_is_noticed() -> None:
+    wanted = {"pooler.weight": torch.zeros(10), "key.bias": torch.zeros(10)}
+    other = {"pooler.weight": torch.zeros(10), "key.bias": torch.ones(10)}
+    engine_overhead.check_equal({"bare loop": wanted, "engine, stage 1": other}, 1e-3)
+    other["pooler.weight"][0] = 1e-2 * engine_overhead.LR
+    engine_overhead.check_equal({"bare loop": wanted, "engine, stage 1": other}, 1.1e-3)
+    with pytest.raises(ValueError, match=r"engine, stage 1: pooler\.weight is 1\.0e-03 rates off"):
+        engine_overhead.check_equal({"bare loop": wanted, "engine, stage 1": other}, 0.9e-3)
+
+
+def test_the_engine_trains_as_a_bare_loop(repository: Path) -> None:
+    command = [sys.executable, "benchmarks/engine_overhead.py", "--quick", "--device", "cpu"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "weights are equal" in done.stderr
+    assert "engine, stage 1 |" in done.stdout

@@ -14,7 +14,7 @@ import torch
 from pretrain import loop
 from pretrain import state as run_state
 from pretrain.data import StepBatch
-from pretrain.state import RunFolder, TrainState
+from pretrain.state import RunFolder, Saver, TrainState
 from zerobert import distributed
 from zerobert.config import BertConfig
 from zerobert.engine import Engine, init_distributed
@@ -106,7 +106,10 @@ def main() -> None:
             peak_flops=None,
         )
         loader: Any = Loader()
-        return loop.train(engine, loader, None, state, cfg, run, None, stop)  # type: ignore[arg-type]
+        saver = Saver(run)
+        code = loop.train(engine, loader, None, state, cfg, saver, None, stop)  # type: ignore[arg-type]
+        saver.close()
+        return code
 
     state = TrainState()
     assert train(state) == EXIT_TERMINATED

@@ -56,7 +56,7 @@ def pretrained(tmp_path: Path, monkeypatch) -> Path:
     torch.manual_seed(0)
     tokenizer = WordPieceTokenizer([*SPECIAL_TOKENS, *WORDS], do_lower_case=True)
     model = BertForPreTraining(CONFIG)
-    save_model(folder, model, CONFIG, tokenizer, card="", source={}, inputs={})
+    save_model(folder, model.state_dict(), CONFIG, tokenizer, card="", source={}, inputs={})
     return folder
 
 

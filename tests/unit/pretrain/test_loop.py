@@ -1,18 +1,20 @@
 """What the loop does around a step: its rate, when it saves and evaluates, and what ends it."""
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 
 from pretrain import loop
 from pretrain.data import StepBatch
+from pretrain.guard import GuardConfig
 from pretrain.loop import LoopConfig
 from pretrain.state import TrainState
 from tests.ranks import run_ranks
-from zerobert.errors import EXIT_TERMINATED
+from zerobert.errors import EXIT_TERMINATED, TrainingDivergedError
 
 Run = Callable[..., tuple[int, list[str]]]
 WORKER = Path(__file__).resolve().parents[2] / "workers" / "budget.py"
@@ -60,6 +62,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
         state: TrainState | None = None,
         skip: tuple[int, ...] = (),
         rates: list[tuple[int, float]] | None = None,
+        losses: Mapping[int, list[float]] = MappingProxyType({}),
+        back_to: int | None = None,
         **limits: Any,
     ) -> tuple[int, list[str]]:
         did: list[str] = []
@@ -89,14 +93,39 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
                 rates.append((step, elapsed_s))
             return 1.0
 
+        def log(*_: object) -> float:
+            did.append(f"log {state.step}")
+            of_step = losses.get(state.step)
+            return of_step.pop(0) if of_step else 1.0
+
+        class Saver:
+            """Remembers what it was told to save."""
+
+            def save(self, engine: object, state: TrainState) -> None:
+                did.append(f"save {state.step}")
+
+            def check(self) -> None:
+                pass
+
+            def wait(self) -> None:
+                pass
+
+            def go_back(self, wrong: TrainState, num_states: int, reason: str) -> Path | None:
+                did.append(f"go back from {wrong.step}: {reason}")
+                return None if back_to is None else Path(f"state_{back_to}")
+
+        def restore(engine: object, target: Path) -> TrainState:
+            step = int(target.name.removeprefix("state_"))
+            return TrainState(step=step, samples=4 * step, position=4 * step, elapsed_s=10.0)
+
         real_share = loop.share
         monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: now_s[0]))
         monkeypatch.setattr(loop, "train_step", train_step)
         monkeypatch.setattr(loop, "share", share)
         monkeypatch.setattr(loop, "evaluate", evaluate)
-        monkeypatch.setattr(loop, "log", lambda *_: did.append(f"log {state.step}"))
+        monkeypatch.setattr(loop, "log", log)
+        monkeypatch.setattr(loop.run_state, "restore", restore)
         monkeypatch.setattr(loop, "check_finite", lambda *_: did.append(f"check {state.step}"))
-        monkeypatch.setattr(loop.run_state, "save", lambda *_: did.append(f"save {state.step}"))
         settings: dict[str, Any] = {"total_steps": 6, "max_train_s": None, "logging_steps": 100}
         config = LoopConfig(
             **{**settings, **limits},
@@ -109,7 +138,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
             peak_flops=None,
         )
         parts: list[Any] = [engine, FakeLoader(), lambda everything: everything]
-        rest: list[Any] = [None, None, stop]
+        rest: list[Any] = [Saver(), None, stop]
         code = loop.train(*parts, state, config, *rest)
         monkeypatch.setattr(loop, "share", real_share)
         return code, did
@@ -181,6 +210,57 @@ def test_a_step_that_overflowed_does_not_move_the_schedule(run: Run) -> None:
     run(state=state, rates=rates, skip=(1, 2, 4))
     assert [step for step, _ in rates] == [0, 0, 0, 1, 1, 2]
     assert state.step == 6
+
+
+SPIKE = {"spike_factor": 2.0}
+
+
+def spiking(run: Run, guard: dict[str, Any], **options: Any) -> tuple[int, list[str]]:
+    return run(logging_steps=1, total_steps=8, guard=GuardConfig(**SPIKE, **guard), **options)
+
+
+def test_a_spike_stops_a_run_and_is_not_saved(run: Run) -> None:
+    state = TrainState()
+    with pytest.raises(
+        TrainingDivergedError, match=r"step 7, 2\.1000, is more than 2 times .* 1\.0"
+    ):
+        spiking(run, {}, losses={6: [1.9], 7: [2.1]}, state=state)
+    assert state.step == 7
+
+
+def test_a_run_goes_back_and_on_behind_the_samples_of_a_spike(run: Run) -> None:
+    state, rates = TrainState(), []
+    code, did = spiking(
+        run, {"action": "rollback"}, losses={7: [9.0]}, back_to=4, state=state, rates=rates
+    )
+    assert code == 0
+    back = [line for line in did if line.startswith("go back")]
+    assert len(back) == 1
+    assert back[0].startswith("go back from 7: the loss at step 7")
+    after = did[did.index(back[0]) + 1 :]
+    assert [line for line in after if line.startswith("log")] == [
+        "log 5",
+        "log 6",
+        "log 7",
+        "log 8",
+    ]
+    # Seven steps, back to the fourth, and four more; the time of the lost ones is spent.
+    assert (state.step, state.samples, state.position) == (8, 32, 44)
+    assert rates == [
+        *((step, 10.0 * step) for step in range(7)),
+        *((s, 30.0 + 10 * s) for s in (4, 5, 6, 7)),
+    ]
+
+
+def test_a_run_that_goes_wrong_again_and_again_stops(run: Run) -> None:
+    guard = {"action": "rollback", "max_rollbacks": 2}
+    with pytest.raises(TrainingDivergedError):
+        spiking(run, guard, losses={7: [9.0, 9.0, 9.0]}, back_to=1)
+
+
+def test_with_nothing_saved_a_spike_ends_the_run(run: Run) -> None:
+    with pytest.raises(TrainingDivergedError, match="step 7"):
+        spiking(run, {"action": "rollback"}, losses={7: [9.0]})
 
 
 def test_two_ranks_take_one_rate_and_stop_together(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def make_model_folder(folder: Path) -> BertConfig:
     )
     checkpoint.save_model(
         folder,
-        BertForPreTraining(config),
+        BertForPreTraining(config).state_dict(),
         config,
         WordPieceTokenizer(vocab, do_lower_case=True),
         card="",

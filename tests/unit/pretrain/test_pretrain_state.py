@@ -1,19 +1,21 @@
 """Which state a run resumes from, what it keeps, and what happens to an earlier run."""
 
-import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pretrain import state as run_state
-from pretrain.state import RunFolder, TrainState, find_state, set_aside
-from zerobert import manifest
+from pretrain.state import RunFolder, Saver, TrainState, find_state, set_aside
+from zerobert import manifest, training_state
 from zerobert.config import BertConfig
 from zerobert.errors import CheckpointError, ConfigError, DataError
 from zerobert.model import BertForPreTraining
 from zerobert.tokenizer import SPECIAL_TOKENS, WordPieceTokenizer
+from zerobert.training_state import Piece, Snapshot, StateReader
 
 CONFIG = BertConfig(
     vocab_size=6,
@@ -27,25 +29,31 @@ IDENTITY = {"total_steps": 8, "bert.run.seed": 1}
 
 
 class FakeEngine:
-    """An engine whose state is one small file."""
+    """A model that is never trained."""
 
     def __init__(self) -> None:
         self.module = BertForPreTraining(CONFIG)
-        self.refusal: DataError | None = None
+        self.restored: StateReader | None = None
 
-    def full_state(self) -> dict[str, torch.Tensor]:
-        return dict(self.module.state_dict())
+    def snapshot(self) -> Snapshot:
+        parameters = {name: p.detach().clone() for name, p in self.module.named_parameters()}
+        return Snapshot(
+            pieces=tuple(
+                Piece(name=name, offset=0, values={"weights": tensor.flatten()})
+                for name, tensor in parameters.items()
+            ),
+            counters={},
+            shapes={name: tuple(tensor.shape) for name, tensor in parameters.items()},
+            rows={name: len(tensor) for name, tensor in self.module.state_dict().items()},
+        )
 
-    def save(self, folder: Path, client_state: dict[str, Any]) -> None:
-        (folder / "engine.json").write_text(json.dumps(client_state))
-        if self.refusal:
-            raise self.refusal
-
-    def load(self, folder: Path) -> dict[str, Any]:
-        return {**json.loads((folder / "engine.json").read_text()), "deepspeed's own": 1}
+    def restore(self, source: StateReader) -> None:
+        self.restored = source
 
 
-def make_run(path: Path, *, keep_states: int = 2, **identity: object) -> RunFolder:
+def make_run(
+    path: Path, *, keep_states: int = 2, keep_every_steps: int = 0, **identity: object
+) -> RunFolder:
     return RunFolder(
         path=path,
         model=CONFIG,
@@ -54,21 +62,30 @@ def make_run(path: Path, *, keep_states: int = 2, **identity: object) -> RunFold
         identity={**IDENTITY, **identity},
         inputs={"vocab.txt": "ab"},
         keep_states=keep_states,
+        keep_every_steps=keep_every_steps,
     )
 
 
-def save_steps(path: Path, *steps: int, keep_states: int = 10) -> None:
+def save_steps(path: Path, *steps: int, keep_states: int = 10, keep_every_steps: int = 0) -> None:
     engine: Any = FakeEngine()
+    saver = Saver(make_run(path, keep_states=keep_states, keep_every_steps=keep_every_steps))
     for step in steps:
-        state = TrainState(step=step, samples=4 * step, tokens=9 * step, elapsed_s=1.5)
-        run_state.save(engine, state, make_run(path, keep_states=keep_states))
+        samples = 4 * step
+        state = TrainState(
+            step=step, samples=samples, position=samples, tokens=9 * step, elapsed_s=1.5
+        )
+        saver.save(engine, state)
+        state.step = 1000  # training goes on
+    saver.wait()
+    saver.close()
 
 
 def damage(folder: Path) -> None:
     """One flipped byte: only the checksum can tell."""
-    data = bytearray((folder / "engine.json").read_bytes())
+    path = folder / "pieces_0.safetensors"
+    data = bytearray(path.read_bytes())
     data[-2] ^= 1
-    (folder / "engine.json").write_bytes(data)
+    path.write_bytes(data)
 
 
 def folders(path: Path) -> list[str]:
@@ -79,7 +96,7 @@ def test_advancing_counts_steps_samples_and_tokens() -> None:
     state = TrainState()
     state.advance(samples=8, tokens=100)
     state.advance(samples=8, tokens=90)
-    assert state == TrainState(step=2, samples=16, tokens=190)
+    assert state == TrainState(step=2, samples=16, position=16, tokens=190)
 
 
 def test_a_save_makes_a_model_a_state_and_points_to_it(tmp_path: Path) -> None:
@@ -90,7 +107,18 @@ def test_a_save_makes_a_model_a_state_and_points_to_it(tmp_path: Path) -> None:
     written = manifest.verify_folder(path / "state_3")
     assert (written.kind, written.config) == (
         "state",
-        {"step": 3, "world_size": 1, "identity": IDENTITY},
+        {
+            "step": 3,
+            "world_size": 1,
+            "identity": IDENTITY,
+            "train_state": {
+                "step": 3,
+                "samples": 12,
+                "position": 12,
+                "tokens": 27,
+                "elapsed_s": 1.5,
+            },
+        },
     )
     assert run_state.saved_step(path / "state_3") == 3
     assert manifest.verify_folder(path / "model_3").kind == "model"
@@ -104,32 +132,73 @@ def test_a_state_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     engine: Any = FakeEngine()
     run_state.check_resumable(tmp_path / "state_3", make_run(tmp_path))
     got = run_state.restore(engine, tmp_path / "state_3")
-    assert got == TrainState(step=3, samples=12, tokens=27, elapsed_s=1.5)
+    assert got == TrainState(step=3, samples=12, position=12, tokens=27, elapsed_s=1.5)
+    assert engine.restored is not None
 
 
-def test_other_settings_or_processes_are_not_resumed(tmp_path: Path) -> None:
+def test_other_settings_are_not_resumed(tmp_path: Path) -> None:
     save_steps(tmp_path, 3)
     other = make_run(tmp_path, **{"bert.run.seed": 2})
     with pytest.raises(ConfigError, match=r"bert\.run\.seed was 1, is 2"):
         run_state.check_resumable(tmp_path / "state_3", other)
-    path = tmp_path / "state_3" / "manifest.json"
-    path.write_text(path.read_text().replace('"world_size": 1', '"world_size": 4'))
-    with pytest.raises(
-        ConfigError, match="saved by 4 processes, this run has 1; resume with --n_gpu 4"
-    ):
-        run_state.check_resumable(tmp_path / "state_3", make_run(tmp_path))
 
 
-def test_a_save_that_fails_leaves_the_last_state_in_charge(tmp_path: Path) -> None:
-    save_steps(tmp_path, 3)
+def test_the_model_has_the_weights_of_the_state(tmp_path: Path) -> None:
     engine: Any = FakeEngine()
-    engine.refusal = DataError("no space")
+    saver = Saver(make_run(tmp_path))
+    saver.save(engine, TrainState(step=3))
+    wanted = {name: tensor.clone() for name, tensor in engine.module.state_dict().items()}
+    with torch.no_grad():
+        for parameter in engine.module.parameters():
+            parameter.zero_()  # what comes after is not saved
+    saver.wait()
+    saver.close()
+    got = load_file(tmp_path / "model_3" / "model.safetensors")
+    assert got.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(got[name], tensor), name
+
+
+def test_a_save_that_fails_leaves_the_last_state_in_charge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_steps(tmp_path, 3)
+
+    def refuse(*_: object) -> None:
+        raise DataError("no space")
+
+    monkeypatch.setattr(training_state, "write_index", refuse)
+    engine: Any = FakeEngine()
+    saver = Saver(make_run(tmp_path))
+    saver.save(engine, TrainState(step=6))
     with pytest.raises(DataError, match="no space"):
-        run_state.save(engine, TrainState(step=6), make_run(tmp_path))
+        saver.wait()
+    saver.close()
     assert "state_6" not in folders(tmp_path)
     assert not [name for name in folders(tmp_path) if name.startswith(".")]
     assert (tmp_path / "latest").read_text() == "state_3\n"
     assert find_state(tmp_path, "auto") == tmp_path / "state_3"
+
+
+def test_a_failed_save_is_told_at_the_next_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = threading.Event()
+
+    def refuse(*_: object) -> None:
+        started.wait(60)
+        raise DataError("no space")
+
+    monkeypatch.setattr(training_state, "write_pieces", refuse)
+    engine: Any = FakeEngine()
+    saver = Saver(make_run(tmp_path))
+    saver.save(engine, TrainState(step=6))
+    saver.check()  # still under way: nothing to tell, and nothing waits
+    started.set()
+    with pytest.raises(DataError, match="no space"):
+        saver.save(engine, TrainState(step=7))
+    saver.check()
+    saver.close()
 
 
 def test_only_the_newest_states_are_kept_and_all_models(tmp_path: Path) -> None:
@@ -142,6 +211,56 @@ def test_only_the_newest_states_are_kept_and_all_models(tmp_path: Path) -> None:
         "model_8",
         "model_9",
     ]
+
+
+def test_states_of_every_so_many_steps_are_kept_beside_the_newest(tmp_path: Path) -> None:
+    save_steps(tmp_path, 2, 4, 6, 8, 10, 12, keep_states=1, keep_every_steps=4)
+    assert [name for name in folders(tmp_path) if "state" in name] == [
+        "state_12",
+        "state_4",
+        "state_8",
+    ]
+
+
+def go_back(path: Path, num_states: int) -> Path | None:
+    saver = Saver(make_run(path))
+    wrong = TrainState(step=10, samples=40, position=40)
+    target = saver.go_back(wrong, num_states, "the loss is no number")
+    saver.close()
+    return target
+
+
+@pytest.mark.parametrize(("num_states", "step"), [(1, 9), (2, 6), (7, 3)])
+def test_a_run_goes_back_to_an_earlier_state_and_behind_the_samples(
+    tmp_path: Path, num_states: int, step: int
+) -> None:
+    save_steps(tmp_path, 3, 6, 9)
+    target = go_back(tmp_path, num_states)
+    assert target == tmp_path / f"state_{step}"
+    assert find_state(tmp_path, "auto") == target  # the states beyond are not its own any more
+    assert (tmp_path / "latest").read_text() == f"state_{step}\n"
+    engine: Any = FakeEngine()
+    got = run_state.restore(engine, target)  # now, and whenever the run goes on from there
+    assert (got.step, got.samples, got.position) == (step, 4 * step, 40)
+
+
+def test_where_nothing_was_saved_there_is_no_way_back(tmp_path: Path) -> None:
+    assert go_back(tmp_path, 1) is None
+    assert folders(tmp_path) == []
+
+
+def test_a_damaged_state_is_no_target_of_going_back(tmp_path: Path) -> None:
+    save_steps(tmp_path, 3, 6)
+    damage(tmp_path / "state_6")
+    assert go_back(tmp_path, 1) == tmp_path / "state_3"
+
+
+def test_notes_of_what_to_skip_that_are_damaged_are_one_line(tmp_path: Path) -> None:
+    save_steps(tmp_path, 3)
+    (tmp_path / "skipped.json").write_text("[{}]")
+    engine: Any = FakeEngine()
+    with pytest.raises(CheckpointError, match=r"skipped\.json can't be read"):
+        run_state.restore(engine, tmp_path / "state_3")
 
 
 def test_the_newest_complete_state_is_found(tmp_path: Path) -> None:
@@ -171,7 +290,7 @@ def test_a_damaged_newest_state_falls_back_and_says_so(
     assert find_state(tmp_path, "auto") == tmp_path / "state_3"
     said = capsys.readouterr().out
     assert said.startswith(f"warning: {tmp_path / 'state_6'} is not used: ")
-    assert "engine.json: its contents differ" in said
+    assert "pieces_0.safetensors: its contents differ" in said
 
 
 def test_if_all_states_are_damaged_nothing_is_started(tmp_path: Path) -> None:
@@ -192,7 +311,9 @@ def test_a_state_that_is_named_is_taken_from_wherever_it_lies(tmp_path: Path) ->
 def test_a_named_state_that_is_not_usable_is_not_replaced_by_another(tmp_path: Path) -> None:
     save_steps(tmp_path, 3, 6)
     damage(tmp_path / "state_6")
-    with pytest.raises(CheckpointError, match=r"state_6/engine\.json: its contents differ"):
+    with pytest.raises(
+        CheckpointError, match=r"state_6/pieces_0\.safetensors: its contents differ"
+    ):
         find_state(tmp_path, str(tmp_path / "state_6"))
 
 
@@ -231,6 +352,7 @@ def test_where_there_was_no_run_nothing_is_set_aside(tmp_path: Path) -> None:
 def test_a_folder_in_use_is_refused_and_leftovers_go(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / ".incomplete-state_5").mkdir(parents=True)
+    (run / f".latest.{32 * 'a'}").touch()
     run_state.claim(run)
     assert list(run.iterdir()) == []
     with pytest.raises(ConfigError, match="another run is writing into"):
