@@ -50,12 +50,28 @@ class DataConfig:
         eval_dir: folder with held-out shards; by default those beside the training shards.
         vocab_file: needed only for shards that have no `vocab.txt` beside them.
         nsp: train on next-sentence labels too; by default where the shards have them.
+        masking: `static` takes the masks of the shards, `dynamic` draws others in each epoch;
+            held-out rows keep theirs.
+        masked_lm_prob: share of the tokens that dynamic masks hide (0.15).
+        whole_word_mask: dynamic masks hide whole words.
     """
 
     input_dir: tuple[str, ...] = ("data/shards",)
     eval_dir: str | None = None
     vocab_file: str | None = None
     nsp: bool | None = None
+    masking: Literal["static", "dynamic"] = "static"
+    masked_lm_prob: float | None = None
+    whole_word_mask: bool = False
+
+    def __post_init__(self) -> None:
+        if self.masked_lm_prob is not None and not 0 < self.masked_lm_prob < 1:
+            raise ConfigError(f"masked_lm_prob: wanted between 0 and 1, got {self.masked_lm_prob}")
+        if self.masking == "static" and (self.masked_lm_prob is not None or self.whole_word_mask):
+            raise ConfigError(
+                "masked_lm_prob and whole_word_mask are for masks drawn afresh: add "
+                '"masking": "dynamic", or make shards with these settings'
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,8 @@ from pretrain import loop, memory, report
 from pretrain import state as run_state
 from pretrain.config import BatchSizes, PretrainConfig
 from pretrain.data import StepLoader, evaluation_batches, fingerprint
+from pretrain.masking import Masking, masking_of
+from pretrain.order import sample_order
 from pretrain.signals import StopRequest
 from pretrain.state import RunFolder, Saver, TrainState
 from zerobert import checkpoint, distributed, engine, kernels, manifest
@@ -30,6 +32,7 @@ from zerobert.tokenizer import WordPieceTokenizer
 from zerobert.tracking import open_tracker, read_status, write_status
 
 _WEIGHT_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_MASKED_LM_PROB = 0.15  # Devlin et al. 2018, BERT
 # Without gradients several micro-batches fit where one did.
 _EVAL_MICRO_BATCHES = 4
 
@@ -45,13 +48,20 @@ class Experiment:
     training: tuple[ShardInfo, ...]
     held_out: tuple[ShardInfo, ...]
     nsp: bool
+    masking: Masking | None
+
+    @property
+    def max_predictions(self) -> int:
+        """Of a training batch: the shards' own, or as many as fresh masks may be."""
+        if self.masking is not None:
+            return self.masking.max_predictions
+        return self.training[0].max_predictions
 
     @property
     def flops_per_sequence(self) -> float:
         """Of a training step."""
-        shard = self.training[0]
         return training_flops_per_sequence(
-            self.folder.model, shard.seq_length, shard.max_predictions
+            self.folder.model, self.training[0].seq_length, self.max_predictions
         )
 
     @property
@@ -161,7 +171,12 @@ def prepare(args: argparse.Namespace, *, micro_samples: int | None = None) -> Ex
                 resolved,
                 steps=steps,
                 sizes=sizes,
-                data={**data, "vocab_sha256": tokenizer.sha256, "nsp": nsp},
+                data={
+                    **data,
+                    **_masking_identity(config),
+                    "vocab_sha256": tokenizer.sha256,
+                    "nsp": nsp,
+                },
             ),
             inputs=inputs,
             keep_states=config.bert.run.keep_states,
@@ -172,6 +187,7 @@ def prepare(args: argparse.Namespace, *, micro_samples: int | None = None) -> Ex
         training=tuple(training),
         held_out=tuple(held_out),
         nsp=nsp,
+        masking=_masking(config, tokenizer, training[0].seq_length),
     )
 
 
@@ -193,7 +209,7 @@ def fitting_micro_batch(run: Experiment, args: argparse.Namespace) -> int:
             run.folder.model, run.config.bert.kernels, nsp=run.nsp, dtype=_WEIGHT_TYPES[low]
         ),
         seq_length=shard.seq_length,
-        max_predictions=shard.max_predictions,
+        max_predictions=run.max_predictions,
         rank_samples=rank_samples,
         state_bytes=run.state_bytes,
         device=device,
@@ -236,6 +252,33 @@ def _has_nsp(config: PretrainConfig, training: list[ShardInfo]) -> bool:
             "remove the key"
         )
     return not lacking if asked is None else asked
+
+
+def _masking(
+    config: PretrainConfig, tokenizer: WordPieceTokenizer, seq_length: int
+) -> Masking | None:
+    data = config.bert.data
+    if data.masking == "static":
+        return None
+    return masking_of(
+        tokenizer,
+        seed=config.bert.run.seed,
+        masked_lm_prob=data.masked_lm_prob or _MASKED_LM_PROB,
+        seq_length=seq_length,
+        whole_word_mask=data.whole_word_mask,
+    )
+
+
+def _masking_identity(config: PretrainConfig) -> dict[str, Any]:
+    """What a resumed run must agree in of its masks; the rest of `bert.data` it may change."""
+    data = config.bert.data
+    if data.masking == "static":
+        return {"masking": "static"}
+    return {
+        "masking": "dynamic",
+        "masked_lm_prob": data.masked_lm_prob or _MASKED_LM_PROB,
+        "whole_word_mask": data.whole_word_mask,
+    }
 
 
 def _check_same_shape(training: list[ShardInfo], held_out: list[ShardInfo]) -> None:
@@ -402,14 +445,15 @@ def _loop(
     args: argparse.Namespace,
 ) -> int:
     settings = run.config.bert.run
+    order = sample_order(run.training, seed=settings.seed, global_samples=run.sizes.global_samples)
     loader = StepLoader(
         run.training,
-        seed=settings.seed,
+        order,
         vocab_size=run.folder.model.vocab_size,
-        global_samples=run.sizes.global_samples,
         micro_samples=run.sizes.micro_samples,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
+        masking=run.masking,
         packing=run.config.bert.kernels.packing,
     )
     _print_header(run, training)
@@ -431,7 +475,7 @@ def _loop(
                 seed=settings.seed,
                 max_train_s=settings.max_train_s,
                 rate=functools.partial(run.config.rate, total_steps=run.steps),
-                rows_of_epoch=loader.order.num_rows,
+                rows_of_epoch=order.num_rows,
                 flops_per_sequence=run.flops_per_sequence,
                 nsp=run.nsp,
                 peak_flops=peak_flops(training.device),

@@ -196,6 +196,13 @@ def test_the_vocabulary_decides_its_size(tmp_path: Path) -> None:
         ({"bert": {"shedule": {}}}, r"mine\.json: bert: unknown key 'shedule'.*'schedule'"),
         ({"bert": {"run": {"max_step": 1}}}, r"bert\.run: unknown key 'max_step'.*'max_steps'"),
         ({"bert": {"data": {"inputdir": []}}}, r"bert\.data: unknown key 'inputdir'"),
+        ({"bert": {"data": {"masked_lm_prob": 0.3}}}, r'bert\.data: .*add "masking": "dynamic"'),
+        ({"bert": {"data": {"whole_word_mask": True}}}, r'bert\.data: .*add "masking": "dynamic"'),
+        (
+            {"bert": {"data": {"masking": "dynamic", "masked_lm_prob": 15.0}}},
+            r"bert\.data: masked_lm_prob: wanted between 0 and 1, got 15",
+        ),
+        ({"bert": {"data": {"masking": "fresh"}}}, r"bert\.data\.masking: wanted one of"),
         ({"bert": {"run": {"max_steps": "7"}}}, r"bert\.run\.max_steps: wanted int, got '7'"),
         ({"bert": {"run": {"max_steps": 0}}}, r"bert\.run: max_steps: wanted above 0, got 0"),
         ({"bert": {"run": {"save_steps": 0}}}, r"bert\.run: save_steps: wanted at least 1, got 0"),
