@@ -9,7 +9,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 METRICS_NAME = "metrics.jsonl"
 STATUS_NAME = "status.json"
 WANDB_ID_NAME = "wandb_run_id"
+EVENT_KEY = "event"
+ROLLBACK = "rollback"
 
 State = Literal["running", "done", "preempted", "failed"]
 
@@ -30,9 +32,16 @@ State = Literal["running", "done", "preempted", "failed"]
 class Tracker:
     """A run's `metrics.jsonl` and, when asked for, its W&B run; made by `open_tracker`."""
 
-    def __init__(self, path: Path, run: "Run | None") -> None:
+    def __init__(
+        self, path: Path, run: "Run | None", before: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
         self._path = path
         self._run = run
+        self._latest = {name: value for line in before for name, value in line.items()}
+
+    def latest(self, name: str) -> float | int | None:
+        """The last value of a metric, from before a resumption too; None where there is none."""
+        return self._latest.get(name)
 
     def log(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
         """Append one line, which is in the file when this returns.
@@ -44,6 +53,7 @@ class Tracker:
             DataError: the line can't be written.
         """
         self._append({"step": step, **{k: _finite(v) for k, v in metrics.items()}})
+        self._latest.update(metrics)
         if self._run is not None:
             self._run.log({"step": step, **{k: v for k, v in metrics.items() if v is not None}})
 
@@ -53,7 +63,7 @@ class Tracker:
         Raises:
             DataError: the line can't be written.
         """
-        self._append({"step": step, "event": event, **facts})
+        self._append({"step": step, EVENT_KEY: event, **facts})
 
     def _append(self, line: Mapping[str, Any]) -> None:
         # Opened for each line: nothing stays in a buffer, not even what a full disk refused.
@@ -99,10 +109,26 @@ def open_tracker(
         if wandb
         else None
     )
-    kept = read_metrics(path) if resume_step > 0 and path.exists() else []
-    lines = [json.dumps(line) + "\n" for line in kept if line["step"] <= resume_step]
-    write_text(path, "".join(lines))
-    return Tracker(path, run)
+    lines = read_metrics(path) if resume_step > 0 and path.exists() else []
+    kept = lines_before(lines, resume_step)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return Tracker(path, run, [line for line in kept if EVENT_KEY not in line])
+
+
+def lines_before(lines: Sequence[Mapping[str, Any]], step: int) -> list[Mapping[str, Any]]:
+    """The lines that a run which goes on from a state at `step` stands on.
+
+    What led to a rollback stays as it was, beyond `step` too, as long as the run stands on that
+    rollback.
+    """
+    after_rollback: list[Mapping[str, Any]] = []
+    for number in reversed(range(len(lines))):
+        line = lines[number]
+        if line.get(EVENT_KEY) == ROLLBACK and line.get("to_step", math.inf) <= step:
+            return [*lines[: number + 1], *reversed(after_rollback)]
+        if line["step"] <= step:
+            after_rollback.append(line)
+    return after_rollback[::-1]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
