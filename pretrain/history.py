@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -23,6 +24,7 @@ from zerobert.tracking import (
 
 CONFIG_NAME = "config.json"
 Line = Mapping[str, Any]
+_NUM_NEAR = 100  # an event is written behind the lines that tell where it lies
 
 # What the curves may be drawn over, beside the step: the metric, and how much of it is one unit.
 _AXES = {"samples": ("samples", 1.0), "tokens": ("tokens", 1.0), "hours": ("elapsed_s", 3600.0)}
@@ -44,11 +46,19 @@ class Branch:
 
     lines: Sequence[Line]
 
-    def values(self, key: str) -> dict[int, float]:
+    def values(self, key: str) -> Mapping[int, float]:
         """A metric by step; lines without it, and nulls, are left out."""
-        return {
-            line["step"]: line[key] for line in self.lines if isinstance(line.get(key), int | float)
-        }
+        return self._columns.get(key, {})
+
+    @functools.cached_property
+    def _columns(self) -> dict[str, dict[int, float]]:
+        columns: defaultdict[str, dict[int, float]] = defaultdict(dict)
+        for line in self.lines:
+            step = line["step"]
+            for key, value in line.items():
+                if type(value) in (int, float):
+                    columns[key][step] = value
+        return dict(columns)
 
     def axes(self, steps: Iterable[int]) -> dict[str, list[float]]:
         """Where steps lie on each axis that this branch knows; between two lines in proportion."""
@@ -126,7 +136,7 @@ def _follow(lines: Sequence[Line]) -> tuple[list[Line], list[list[Line]], list[E
     for line in lines:
         back_to = math.inf
         if EVENT_KEY in line:
-            events.append(_event(line, Branch(lines=kept)))
+            events.append(_event(line, Branch(lines=kept[-_NUM_NEAR:])))
             if line[EVENT_KEY] == ROLLBACK and isinstance(line.get("to_step"), int):
                 back_to = line["to_step"]
         elif kept and line["step"] < kept[-1]["step"]:

@@ -15,15 +15,17 @@ if not __package__:
     expect_interrupts()
 
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pretrain.history import Run, read_run
+from pretrain.history import CONFIG_NAME, Run, read_run
 from pretrain.progress import format_duration
 from pretrain.serve import serve
 from zerobert.errors import ArgumentParser, ConfigError, run_script
 from zerobert.manifest import write_text
 from zerobert.page import Chart, Marker, Series, Table, render_page
+from zerobert.tracking import METRICS_NAME, STATUS_NAME
 
 REPORT_NAME = "report.html"
 _REFRESH_S = 5.0
@@ -31,12 +33,18 @@ _REFRESH_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class _ChartRow:
-    """One chart: which metrics it lays over each other, and what the legend calls them."""
+    """One chart: which metrics it lays over each other, and what the legend calls them.
+
+    Attributes:
+        dull: a value that says nothing as long as there is no other.
+    """
 
     title: str
     y_label: str
     metrics: dict[str, str]
     unit: float = 1.0
+    is_log: bool = False
+    dull: float | None = None
 
 
 _CHARTS = (
@@ -63,8 +71,19 @@ _CHARTS = (
     _ChartRow(
         title="Gradient norm", y_label="norm", metrics={"train/grad_norm": "before clipping"}
     ),
-    _ChartRow(title="Loss scale", y_label="factor", metrics={"train/loss_scale": "scale"}),
-    _ChartRow(title="Skipped steps", y_label="steps", metrics={"train/skipped_steps": "overflows"}),
+    _ChartRow(
+        title="Loss scale",
+        y_label="factor",
+        metrics={"train/loss_scale": "scale"},
+        is_log=True,
+        dull=1.0,
+    ),
+    _ChartRow(
+        title="Skipped steps",
+        y_label="steps",
+        metrics={"train/skipped_steps": "overflows"},
+        dull=0.0,
+    ),
     _ChartRow(
         title="Speed", y_label="samples a second", metrics={"perf/samples_per_s": "all devices"}
     ),
@@ -146,6 +165,8 @@ def _group(run: Run, runs: Sequence[Run]) -> str:
 def _chart(row: _ChartRow, runs: Sequence[Run]) -> Chart:
     """Of one run, each metric has its colour; of several, each run has, and dashes tell metrics."""
     series = []
+    if row.dull is not None and _is_dull(row, runs):
+        return Chart(title=row.title, y_label=row.y_label, series=())
     for number, run in enumerate(runs):
         for place, (key, label) in enumerate(row.metrics.items()):
             for branch in (*run.given_up, run.kept):
@@ -163,7 +184,12 @@ def _chart(row: _ChartRow, runs: Sequence[Run]) -> Chart:
                         is_aside=branch is not run.kept,
                     )
                 )
-    return Chart(title=row.title, y_label=row.y_label, series=series)
+    return Chart(title=row.title, y_label=row.y_label, series=series, is_log=row.is_log)
+
+
+def _is_dull(row: _ChartRow, runs: Sequence[Run]) -> bool:
+    values = [run.kept.values(key).values() for run in runs for key in row.metrics]
+    return all(value == row.dull for each in values for value in each)
 
 
 _SUMMARY: Mapping[str, tuple[str, Callable[[float], str]]] = {
@@ -262,6 +288,30 @@ def _settings(runs: Sequence[Run]) -> Table:
     )
 
 
+class _LivePage:
+    """The page of runs that go on, made anew only when that does not take most of the time."""
+
+    def __init__(self, run_dirs: Sequence[Path]) -> None:
+        self._run_dirs = run_dirs
+        self._text = ""
+        self._seen: list[float] = []
+        self._next_s = 0.0
+
+    def __call__(self) -> str:
+        if time.monotonic() >= self._next_s and (seen := self._look()) != self._seen:
+            started_s = time.monotonic()
+            self._text = report_page(self._run_dirs, refresh_s=_REFRESH_S)
+            ended_s = time.monotonic()
+            self._seen, self._next_s = seen, ended_s + 10 * (ended_s - started_s)
+        return self._text
+
+    def _look(self) -> list[float]:
+        """When each file of each run was written; 0 where there is none."""
+        names = (METRICS_NAME, STATUS_NAME, CONFIG_NAME)
+        paths = [folder / name for folder in self._run_dirs for name in names]
+        return [path.stat().st_mtime if path.is_file() else 0.0 for path in paths]
+
+
 def main() -> int:
     parser = ArgumentParser(
         description="Draw the curves of one or several pretraining runs as one HTML page.",
@@ -285,9 +335,9 @@ def main() -> int:
     if args.port is not None and not args.serve:
         raise ConfigError("--port is where a page is served: add --serve, or leave it out")
     if args.serve:
-        report_page(args.runs)  # a wrong folder is told before anybody looks at a page
-        port = 8750 if args.port is None else args.port
-        serve(lambda: report_page(args.runs, refresh_s=_REFRESH_S), port)
+        page = _LivePage(args.runs)
+        page()  # a wrong folder is told before anybody looks at a page
+        serve(page, 8750 if args.port is None else args.port)
     print(write_report(args.runs, args.output or args.runs[0] / REPORT_NAME))
     return 0
 

@@ -4,7 +4,6 @@
 // All that comes from a run goes into the page as text, never as markup.
 
 const WIDTH = 560, HEIGHT = 300, LEFT = 64, RIGHT = 14, TOP = 10, BOTTOM = 44;
-const LOG_RATIO = 100; // above this span of positive values a linear axis shows one end only
 const MIN_POINTS_WITHOUT_DOTS = 26; // few points are measurements, and a single one is no line
 
 let data = readData(document);
@@ -75,11 +74,12 @@ function logScale(low, high) {
   return { ticks, at: (value) => (Math.log10(value) - first) / (last - first) };
 }
 
-function valueScale(low, high) {
-  const spans = low > 0 && high / low > LOG_RATIO;
-  if (low > 0 && (view.scale === "log" || (view.scale === "auto" && spans))) {
-    return logScale(low, high);
-  }
+function isLog(chart) {
+  return view.scale === "log" || (view.scale === "auto" && chart.is_log);
+}
+
+function valueScale(chart, low, high) {
+  if (isLog(chart) && low > 0) return logScale(low, high);
   const air = (high - low) * 0.05;
   const floor = low >= 0 && low <= (high - low) * 0.25 ? 0 : low - air;
   return linearScale(floor, high + air);
@@ -121,6 +121,7 @@ function nearest(xs, x) {
 
 // One chart.
 
+let whole = [0, 1]; // the x axis without zoom
 const plots = new Map(); // by title: what the cursor and the legend need to know of a drawing
 
 function drawChart(section, chart) {
@@ -129,16 +130,16 @@ function drawChart(section, chart) {
   add(section, "span", { class: "at" });
   plots.delete(chart.title);
   const curves = chart.series.map(pointsOf).filter((curve) => curve);
-  const seen = curves.map((curve) => inView(curve)).flat();
+  const seen = curves.map((curve) => inView(chart, curve)).flat();
   if (!seen.length) {
     add(section, "p", {}, "No values to show.");
     return;
   }
-  const xs = view.zoom || [least(seen.map((p) => p[0])), most(seen.map((p) => p[0]))];
+  const xs = view.zoom || whole;
   const low = least(seen.map((p) => p[1])), high = most(seen.map((p) => p[2]));
-  const positive = view.scale === "log" ? seen.map((p) => p[1]).filter((y) => y > 0) : [];
+  const positive = isLog(chart) ? seen.map((p) => p[1]).filter((y) => y > 0) : [];
   const xScale = linearScale(...xs);
-  const yScale = valueScale(positive.length ? least(positive) : low, high);
+  const yScale = valueScale(chart, positive.length ? least(positive) : low, high);
   const plot = { chart, section, curves, xScale,
     x: (value) => LEFT + xScale.at(value) * (WIDTH - LEFT - RIGHT),
     y: (value) => HEIGHT - BOTTOM - yScale.at(value) * (HEIGHT - TOP - BOTTOM) };
@@ -159,16 +160,24 @@ function drawChart(section, chart) {
   if (focused) svg.focus({ preventScroll: true });
 }
 
+// From the first to the last place of any curve that is not hidden: all charts share their x axis.
+function wholeX() {
+  const series = data.charts.flatMap((chart) => chart.series);
+  const xs = series.filter(({ group }) => !view.hidden.has(group))
+    .flatMap((each) => each.xs[view.axis] || []).filter((x) => x !== null);
+  return xs.length ? [least(xs), most(xs)] : [0, 1];
+}
+
 function least(values) { return values.reduce((a, b) => Math.min(a, b)); }
 function most(values) { return values.reduce((a, b) => Math.max(a, b)); }
 
 // [x, lowest, highest] of the points that the zoom leaves, and that a log axis can show.
-function inView(curve) {
+function inView(chart, curve) {
   const points = curve.xs.map((x, i) => [x,
     curve.low && !curve.isSmooth ? curve.low[i] : Math.min(curve.ys[i], curve.raw[i]),
     curve.high && !curve.isSmooth ? curve.high[i] : Math.max(curve.ys[i], curve.raw[i])]);
   return points.filter(([x, , high]) =>
-    (!view.zoom || (x >= view.zoom[0] && x <= view.zoom[1])) && (view.scale !== "log" || high > 0));
+    (!view.zoom || (x >= view.zoom[0] && x <= view.zoom[1])) && (!isLog(chart) || high > 0));
 }
 
 function drawAxes(plot, yScale) {
@@ -214,7 +223,8 @@ function drawCurve(plot, parent, curve) {
   const color = `c${series.color}`;
   if (curve.low && !curve.isSmooth) {
     const back = trace(curve.low).split(" ").reverse().join(" ");
-    add(parent, "polygon", { class: `band ${color}`, points: trace(curve.high) + " " + back });
+    const kind = series.aside ? " aside" : "";
+    add(parent, "polygon", { class: `band ${color}${kind}`, points: trace(curve.high) + " " + back });
   }
   const kind = (series.dashed ? " dashed" : "") + (series.aside ? " aside" : "");
   if (curve.isSmooth) {
@@ -335,9 +345,9 @@ function longestOf(plot) {
 
 function zoomAround(x, factor, plot) {
   const [low, high] = [plot.xScale.value(0), plot.xScale.value(1)];
-  const all = plot.curves.flatMap((curve) => [curve.xs[0], curve.xs[curve.xs.length - 1]]);
-  const ends = [x - (x - low) * factor, x + (high - x) * factor];
-  const isWhole = ends[0] <= least(all) && ends[1] >= most(all);
+  const [first, last] = whole;
+  const ends = [Math.max(first, x - (x - low) * factor), Math.min(last, x + (high - x) * factor)];
+  const isWhole = ends[0] === first && ends[1] === last;
   setZoom(isWhole || ends[0] >= ends[1] ? null : ends);
 }
 
@@ -351,6 +361,7 @@ function say(plot) {
 // The page: controls, tables that can be searched, news.
 
 function drawAll() {
+  whole = wholeX();
   for (const section of document.querySelectorAll("section.chart")) {
     const chart = data.charts.find((each) => each.title === section.dataset.key);
     if (chart) drawChart(section, chart);

@@ -17,6 +17,7 @@ from typing import Any
 
 _MAX_POINTS = 800  # more than a chart has pixels
 _NUM_COLORS = 8
+_MAX_LINE = 60  # a longer cell is broken into lines
 _FIGURE = re.compile(r"([-+]?[\d.,]+(e-?\d+)?( ?(%|[A-Za-z]{1,3}))?|-|)")
 
 
@@ -43,11 +44,12 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """Curves over a common x axis."""
+    """Curves over a common x axis; `is_log` is for values of several magnitudes."""
 
     title: str
     y_label: str
     series: Sequence[Series]
+    is_log: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,9 +165,7 @@ def _render_table(table: Table) -> str:
 
     def cells(row: Sequence[str], tag: str) -> str:
         return "".join(
-            f'<{tag} class="figure">{html.escape(cell)}</{tag}>'
-            if is_figure
-            else f"<{tag}>{html.escape(cell)}</{tag}>"
+            f"<{tag}{_cell_class(cell, is_figure)}>{html.escape(cell)}</{tag}>"
             for cell, is_figure in zip(row, figures, strict=True)
         )
 
@@ -189,6 +189,12 @@ def _render_table(table: Table) -> str:
     return f'<section class="{kind}" data-key="{title}">{whole}</section>'
 
 
+def _cell_class(cell: str, is_figure: bool) -> str:
+    if is_figure:
+        return ' class="figure"'
+    return ' class="words"' if len(cell) > _MAX_LINE else ""
+
+
 def _render_chart(chart: Chart) -> str:
     title = html.escape(chart.title)
     return (
@@ -208,6 +214,7 @@ def _chart_data(chart: Chart) -> dict[str, Any]:
     return {
         "title": chart.title,
         "y_label": chart.y_label,
+        "is_log": chart.is_log,
         "series": [_series_data(series, i) for i, series in enumerate(chart.series)],
     }
 
