@@ -208,11 +208,12 @@ class Saver:
 
 
 def _save_model(weights: Mapping[str, Tensor], state: TrainState, run: RunFolder) -> None:
+    has_nsp = any(name.startswith("cls.seq_relationship.") for name in weights)
     facts = {
         "optimizer steps": state.step,
         "sequences": state.samples,
         "tokens": state.tokens,
-        "training": "masked LM + next sentence prediction",
+        "training": "masked LM" + (" + next sentence prediction" if has_nsp else ""),
         "precision": precision(run.resolved),
     }
     checkpoint.save_model(

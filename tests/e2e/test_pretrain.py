@@ -450,6 +450,8 @@ def test_masked_words_alone_with_every_kernel(data: Path, tmp_path: Path) -> Non
     metrics = [line for line in _metrics(tmp_path / "out") if "train/mlm_loss" in line]
     assert all(line["train/nsp_loss"] is None for line in metrics)
     assert "nsp_accuracy" not in done.stdout
+    card = (tmp_path / "out" / "model_4" / "README.md").read_text()
+    assert "| training | masked LM |" in card
     model = transformers.BertForMaskedLM.from_pretrained(
         tmp_path / "out" / "model_4", output_loading_info=True
     )

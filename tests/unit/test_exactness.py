@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.ranks import run_ranks
 
@@ -149,6 +150,13 @@ def test_the_whole_matrix(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
 def test_every_setting_on_every_number_of_ranks(num_ranks: int, tmp_path: Path) -> None:
     assert_exact(measure(SETTINGS, num_ranks, tmp_path))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.timeout(1200)
+def test_the_matrix_and_every_setting_on_a_gpu(tmp_path: Path) -> None:
+    assert_exact(measure([*MATRIX, *SETTINGS], 1, tmp_path))
 
 
 def test_the_page_shows_the_whole_matrix() -> None:

@@ -42,7 +42,11 @@ def states(precision: str, optimizer: str, zeros: tuple[str, ...]) -> dict[str, 
 def walk(
     saved: dict[str, Case], ranks_before: int, ranks_after: int, folder: Path, *, every: int = 1
 ) -> None:
-    """Save each on some ranks; go on from each with each of the same kind on others."""
+    """Save each on some ranks; go on from each with each of the same kind on others.
+
+    Args:
+        every: take only one of so many pairs.
+    """
     cases = folder / "cases.json"
     cases.write_text(json.dumps([{**case, "state": name} for name, case in saved.items()]))
     timeout_s = 60 + 20 * len(saved)
@@ -103,7 +107,17 @@ def test_every_stage_goes_on_from_every_other(before: int, after: int, tmp_path:
     saved: dict[str, Case] = {}
     for precision, optimizer in itertools.product(PRECISIONS, ("Lamb", "AdamW")):
         saved.update(states(precision, optimizer, tuple(ZEROS)))
-    walk(saved, before, after, tmp_path)
+    walk(saved, before, after, tmp_path, every=5)  # which meets each reader and each writer
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.timeout(1200)
+def test_a_state_goes_on_at_every_stage_on_a_gpu(tmp_path: Path) -> None:
+    saved: dict[str, Case] = {}
+    for precision in PRECISIONS:
+        saved.update(states(precision, "Lamb", tuple(ZEROS)))
+    walk(saved, 1, 1, tmp_path, every=3)
 
 
 def piece(name: str, offset: int, *values: float) -> Piece:

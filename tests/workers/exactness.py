@@ -88,9 +88,9 @@ def parts(batch: Batch, number: int) -> list[Batch]:
     ]
 
 
-def loss_of(model: Callable[..., Any], batch: Batch) -> Tensor:
+def loss_of(model: Callable[..., Any], batch: Batch, device: torch.device | None = None) -> Tensor:
     """A part's share of the global batch's loss."""
-    losses = model(**batch)
+    losses = model(**{name: x.to(device) for name, x in batch.items()})
     loss: Tensor = (losses.mlm_loss_sum + losses.nsp_loss_sum) / (2 * ROWS)
     return loss
 
@@ -138,7 +138,7 @@ def whole_gradient(parameter: torch.nn.Parameter, engine: Engine) -> Tensor:
     sharded = hasattr(parameter, "_dp_group") or hasattr(parameter, "ds_id")
     gradient = safe_get_full_grad(parameter) if sharded else parameter.grad
     assert gradient is not None
-    return gradient.double() / engine.loss_scale
+    return gradient.cpu().double() / engine.loss_scale
 
 
 def whole_weights(engine: Engine) -> dict[str, Tensor]:
@@ -197,7 +197,7 @@ def given(case: Case) -> tuple[float, float]:
     for batch in global_batches(MOST_STEPS):
         skipped = engine.skipped_steps
         for micro in parts(batch, ACCUMULATION * ranks)[rank::ranks]:
-            engine.backward(loss_of(engine.forward, micro))
+            engine.backward(loss_of(engine.forward, micro, engine.device))
             if not reads_late and engine.at_boundary:
                 capture()
             engine.step(lr)
@@ -228,7 +228,7 @@ def trained(case: Case) -> dict[str, Tensor]:
     rank, ranks = distributed.rank(), distributed.world_size()
     for batch in global_batches(TRAINED_STEPS):
         for micro in parts(batch, ACCUMULATION * ranks)[rank::ranks]:
-            engine.backward(loss_of(engine.forward, micro))
+            engine.backward(loss_of(engine.forward, micro, engine.device))
             engine.step(case["optimizer"]["params"]["lr"])
     state = whole_weights(engine)
     engine.close()

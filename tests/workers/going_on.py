@@ -39,7 +39,7 @@ def train(engine: Engine, case: Case, first: int, last: int) -> None:
     rank, ranks = distributed.rank(), distributed.world_size()
     for batch in list(global_batches(last))[first:]:
         for micro in parts(batch, ACCUMULATION * ranks)[rank::ranks]:
-            engine.backward(loss_of(engine.forward, micro))
+            engine.backward(loss_of(engine.forward, micro, engine.device))
             engine.step(case["optimizer"]["params"]["lr"])
 
 
