@@ -15,8 +15,17 @@ TIMEOUT_S = 60
 
 
 def find_chromium() -> str | None:
-    """Where it is; None where there is none."""
-    return next((path for name in NAMES if (path := shutil.which(name))), None)
+    """Where one is that runs; None where there is none."""
+    return next((path for name in NAMES if (path := shutil.which(name)) and _runs(path)), None)
+
+
+def _runs(path: str) -> bool:
+    """Whether it is a browser, and no script that only tells how to install one."""
+    try:
+        asked = subprocess.run([path, "--version"], capture_output=True, timeout=TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return asked.returncode == 0
 
 
 class Browser:
@@ -132,10 +141,17 @@ def open_browser(chromium: str, home: Path) -> Iterator[Browser]:
     our_in, their_out = os.pipe()
     # Chromium expects its two pipes as file descriptors 3 and 4.
     command = ["bash", "-c", f'exec "$0" "$@" 3<&{their_in} 4>&{their_out}', chromium]
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
     with open(our_out, "wb") as requests, open(our_in, "rb") as answers:
         process = subprocess.Popen(
-            [*command, *flags, "--no-first-run", f"--user-data-dir={home}", "about:blank"],
+            [
+                *command,
+                *flags,
+                "--remote-debugging-pipe",
+                "--no-first-run",
+                f"--user-data-dir={home}",
+                "about:blank",
+            ],
             pass_fds=(their_in, their_out),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

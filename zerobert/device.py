@@ -32,6 +32,8 @@ def peak_flops(device: torch.device) -> float | None:
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory that this process has held: a GPU's tensors, or all of it on the CPU.
 
+    What it says of a GPU has not been tried on one.
+
     Source: getrusage(2): `ru_maxrss` is in KiB, on macOS in bytes.
     """
     if device.type == "cuda":

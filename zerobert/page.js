@@ -50,8 +50,13 @@ function roundStep(rough) {
   return power * [1, 2, 5, 10].find((factor) => factor >= rough / power - 1e-9);
 }
 
+// Whether what lies between is no more than rounding.
+function areEqual(low, high) {
+  return high - low <= 1e-9 * Math.max(Math.abs(low), Math.abs(high));
+}
+
 function linearScale(low, high) {
-  if (low === high) {
+  if (areEqual(low, high)) {
     const margin = Math.abs(low) / 2 || 1;
     [low, high] = [low - margin, high + margin];
   }
@@ -347,8 +352,9 @@ function zoomAround(x, factor, plot) {
   const [low, high] = [plot.xScale.value(0), plot.xScale.value(1)];
   const [first, last] = whole;
   const ends = [Math.max(first, x - (x - low) * factor), Math.min(last, x + (high - x) * factor)];
+  if (areEqual(...ends)) return;
   const isWhole = ends[0] === first && ends[1] === last;
-  setZoom(isWhole || ends[0] >= ends[1] ? null : ends);
+  setZoom(isWhole ? null : ends);
 }
 
 // What a screen reader says of the values under the cursor.

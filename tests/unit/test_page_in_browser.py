@@ -134,6 +134,20 @@ def test_smoothing_is_an_unbiased_mean_of_what_came_before(page: Browser) -> Non
     assert clean(page)
 
 
+def test_values_that_differ_by_rounding_alone_are_drawn_as_equal(
+    browser: Browser, tmp_path: Path
+) -> None:
+    series = Series(name="a", xs={"step": list(range(30))}, ys=[0.363636] * 30)
+    path = tmp_path / "page.html"
+    path.write_text(render_page("run", [Chart(title="Loss", y_label="nats", series=[series])]))
+    browser.open(path.as_uri())
+    before = texts(browser, "text.y")
+    for smoothing in ("0.3", "0.8", "0.97"):
+        choose(browser, "smoothing", smoothing)
+        assert texts(browser, "text.y") == before
+    assert clean(browser)
+
+
 def test_a_run_can_be_hidden(page: Browser) -> None:
     assert texts(page, "#groups label") == ["a", "b"]
     page.run("document.querySelectorAll('#groups input')[1].click()")
@@ -163,7 +177,12 @@ def test_plus_zooms_around_what_is_read_and_minus_back(page: Browser) -> None:
     assert texts(page, 'section[data-key="Accuracy"] text.x')[0] == "15"
     assert texts(page, 'section[data-key="Loss"] text.x')[-1] == "40"
     assert page.run("document.activeElement.tagName") == "svg"
-    for _ in range(4):
+    for _ in range(40):
+        page.key("+")
+    labels = texts(page, 'section[data-key="Loss"] text.x')
+    assert 1 <= len(labels) <= 10
+    assert legend(page)[0] == "a, training 4"
+    for _ in range(44):
         page.key("-")
     assert texts(page, 'section[data-key="Loss"] text.x')[-1] == "100"
     assert page.run("document.getElementById('reset').disabled") is True
