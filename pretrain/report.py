@@ -44,6 +44,7 @@ class _ChartRow:
     metrics: dict[str, str]
     unit: float = 1.0
     is_log: bool = False
+    is_exact: bool = False
     dull: float | None = None
 
 
@@ -67,7 +68,7 @@ _CHARTS = (
         metrics={"eval/nsp_accuracy": "held-out"},
     ),
     _ChartRow(title="Whole loss", y_label="nats", metrics={"train/loss": "training"}),
-    _ChartRow(title="Learning rate", y_label="rate", metrics={"train/lr": "rate"}),
+    _ChartRow(title="Learning rate", y_label="rate", metrics={"train/lr": "rate"}, is_exact=True),
     _ChartRow(
         title="Gradient norm", y_label="norm", metrics={"train/grad_norm": "before clipping"}
     ),
@@ -76,12 +77,14 @@ _CHARTS = (
         y_label="factor",
         metrics={"train/loss_scale": "scale"},
         is_log=True,
+        is_exact=True,
         dull=1.0,
     ),
     _ChartRow(
         title="Skipped steps",
         y_label="steps",
         metrics={"train/skipped_steps": "overflows"},
+        is_exact=True,
         dull=0.0,
     ),
     _ChartRow(
@@ -105,6 +108,7 @@ _CHARTS = (
         y_label="GiB, the most so far",
         metrics={"perf/peak_memory_bytes": "fullest process"},
         unit=2.0**30,
+        is_exact=True,
     ),
 )
 
@@ -181,6 +185,7 @@ def _chart(row: _ChartRow, runs: Sequence[Run]) -> Chart:
                         group=_group(run, runs),
                         color=place if len(runs) == 1 else number,
                         is_dashed=len(runs) > 1 and place > 0,
+                        is_exact=key.startswith("eval/") or row.is_exact,
                         is_aside=branch is not run.kept,
                     )
                 )

@@ -108,7 +108,7 @@ function pointsOf(series) {
   if (!kept.length) return null;
   const pick = (values) => kept.map((i) => values[i]);
   const raw = pick(series.ys);
-  const isSmooth = view.smoothing > 0 && !series.aside && raw.length > 2;
+  const isSmooth = view.smoothing > 0 && !series.aside && !series.exact;
   return { series, xs: pick(xs), raw, ys: isSmooth ? smooth(raw, view.smoothing) : raw, isSmooth,
     low: series.low && pick(series.low), high: series.high && pick(series.high) };
 }

@@ -30,6 +30,7 @@ class Series:
         ys: values that are not finite are left out.
         group: what can be hidden as a whole, a run; empty for none.
         color: one of eight; by default the place in the chart.
+        is_exact: has no noise that smoothing were to take away.
         is_aside: what was given up; drawn faintly, not in the legend, not smoothed.
     """
 
@@ -39,6 +40,7 @@ class Series:
     group: str = ""
     color: int | None = None
     is_dashed: bool = False
+    is_exact: bool = False
     is_aside: bool = False
 
 
@@ -230,6 +232,7 @@ def _series_data(series: Series, place: int) -> dict[str, Any]:
         "group": series.group,
         "color": color % _NUM_COLORS,
         "dashed": series.is_dashed,
+        "exact": series.is_exact,
         "aside": series.is_aside,
     }
     stretches = _stretches(kept)

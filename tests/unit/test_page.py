@@ -101,6 +101,7 @@ def test_a_curve_is_its_numbers_with_the_digits_that_can_be_seen() -> None:
         "group": "",
         "color": 1,
         "dashed": True,
+        "exact": False,
         "aside": False,
         "xs": {"step": [1_234_567, 2_345_678], "hours": [0.333333, None]},
         "ys": [0.666667, 5],

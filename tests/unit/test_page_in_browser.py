@@ -21,8 +21,23 @@ def charts() -> list[Chart | Table]:
             xs={"step": STEPS, "hours": [0, 0.5, 1, 1.5, 2]},
             ys=[4, 0, 4, 0, 4],
         ),
-        Series(name="a, held-out", group="a", color=0, is_dashed=True, xs={"step": [40]}, ys=[2.5]),
-        Series(name="b, training", group="b", color=1, xs={"step": [0, 100]}, ys=[8, 6]),
+        Series(
+            name="a, held-out",
+            group="a",
+            color=0,
+            is_exact=True,
+            is_dashed=True,
+            xs={"step": [40]},
+            ys=[2.5],
+        ),
+        Series(
+            name="b, training",
+            group="b",
+            color=1,
+            is_exact=True,
+            xs={"step": [0, 100]},
+            ys=[8, 6],
+        ),
         Series(name="b", group="b", color=1, xs={"step": [0, 50]}, ys=[8, 9], is_aside=True),
     ]
     accuracy = [Series(name="a, held-out", group="a", color=0, xs={"step": [40]}, ys=[0.25])]
@@ -129,7 +144,7 @@ def test_smoothing_is_an_unbiased_mean_of_what_came_before(page: Browser) -> Non
     choose(page, "smoothing", "0.5")
     # (4 + 2 * 0 + 4 * 4 + 8 * 0 + 16 * 4) / (1 + 2 + 4 + 8 + 16), and the value itself
     assert legend(page)[0] == "a, training 2.71 (4)"
-    assert legend(page)[2] == "b, training 6"
+    assert legend(page)[2] == "b, training 6"  # exact
     assert count(page, ".curve.raw") == 1
     assert clean(page)
 
