@@ -29,7 +29,7 @@ from zerobert.model import BertForPreTraining, num_parameters, training_flops_pe
 from zerobert.optim import build_optimizer
 from zerobert.shards import ShardInfo, find_shards, shard_lower_case, shard_vocabulary
 from zerobert.tokenizer import WordPieceTokenizer
-from zerobert.tracking import open_tracker, read_status, write_status
+from zerobert.tracking import code_version, open_tracker, read_status, write_status
 
 _WEIGHT_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MASKED_LM_PROB = 0.15  # Devlin et al. 2018, BERT
@@ -425,15 +425,36 @@ def _tracker(run: Experiment, state: TrainState) -> Iterator[Any]:
         wandb="wandb" in tracking.tracker,
         project=tracking.project,
         run_name=run.folder.path.name,
-        config=run.folder.resolved,
+        config={**run.folder.resolved, **_origin(run)},
         resume_step=state.step,
     )
+    if state.step:
+        tracker.event(state.step, "resume", processes=distributed.world_size(), code=code_version())
     try:
         yield tracker
     except BaseException:
         tracker.close(1)
         raise
     tracker.close(0)
+
+
+def _origin(run: Experiment) -> dict[str, Any]:
+    """What a run is made of beside its settings."""
+    folders = sorted({shard.path.parent for shard in run.training})
+    return {
+        "parameters": run.parameters,
+        "processes": distributed.world_size(),
+        "code": code_version(),
+        "data": {
+            **fingerprint(run.training),
+            "inputs": dict(run.folder.inputs),
+            "made_by": {
+                str(folder): manifest.read_manifest(folder).config
+                for folder in folders
+                if manifest.is_complete(folder)
+            },
+        },
+    }
 
 
 def _loop(

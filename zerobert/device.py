@@ -1,6 +1,8 @@
 """What is known of the devices that training runs on."""
 
 import re
+import resource
+import sys
 
 import torch
 
@@ -25,3 +27,16 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in _PEAK_FLOPS if re.search(rf"\b{part}\b", name)), None)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has held: a GPU's tensors, or all of it on the CPU.
+
+    What it says of a GPU has not been tried on one.
+
+    Source: getrusage(2): `ru_maxrss` is in KiB, on macOS in bytes.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zerobert.device import peak_flops
+from zerobert.device import peak_flops, peak_memory_bytes
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,20 @@ def test_peaks(monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None) -
 
 def test_a_cpu_s_peak_is_not_known() -> None:
     assert peak_flops(torch.device("cpu")) is None
+
+
+def test_a_cpu_s_memory_is_the_most_that_this_process_has_held() -> None:
+    before = peak_memory_bytes(torch.device("cpu"))
+    held = torch.ones(before // 4 + 2**24)  # 64 MiB more than ever
+    after = peak_memory_bytes(torch.device("cpu"))
+    assert held.nbytes <= after < before + held.nbytes + 2**26
+    del held
+    assert peak_memory_bytes(torch.device("cpu")) >= after
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_s_memory_is_the_most_that_its_tensors_have_held() -> None:
+    before = peak_memory_bytes(torch.device("cuda"))
+    held = torch.ones(before // 4 + 2**24, device="cuda")
+    assert held.nbytes <= peak_memory_bytes(torch.device("cuda")) < before + held.nbytes + 2**26
