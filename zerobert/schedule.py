@@ -37,9 +37,9 @@ class ScheduleConfig:
 
     Source: nvidia_polynomial: NVIDIA DeepLearningExamples, PyTorch BERT, schedulers.py
     (PolyWarmUpScheduler). paddle_linear: PaddleNLP, transformers/optimization.py
-    (LinearDecayWithWarmup with `last_epoch=0`, as its run_pretrain.py has it). wsd: Hu et al. 2024 (arXiv:2404.06395), whose decay of a tenth is the
-    default; its forms: Haegele et al. 2024 (arXiv:2405.18392). time: Izsak et al. 2021
-    (arXiv:2104.07705).
+    (LinearDecayWithWarmup with `last_epoch=0`, as its run_pretrain.py has it). wsd: Hu et al. 2024
+    (arXiv:2404.06395), whose decay of a tenth is the default; its forms: Haegele et al. 2024
+    (arXiv:2405.18392). time: Izsak et al. 2021 (arXiv:2104.07705).
     """
 
     name: Literal[
