@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pretrain import experiment
 from pretrain.config import (
     BatchSizes,
     PretrainConfig,
@@ -170,6 +171,16 @@ def test_nothing_is_compiled_at_start(trained: dict[str, Any], folder: Path) -> 
     # DeepSpeed's import asks, by a program of one line, whether there is a library for disk access.
     assert [line for line in started if not re.search(r" -c \S+/test\.c -o ", line)] == []
     assert not (folder / "extensions").exists()
+
+
+def test_a_slow_precision_is_a_line_of_the_header(
+    trained: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert all("warning" not in found["facts"] for found in trained.values())  # fp32, all of them
+    monkeypatch.setattr(experiment, "slow_precision", lambda device, low: f"{low} is slow here")
+    flags = ["--deepspeed_config", str(folder / "shrunk" / "bert_base.json")]
+    flags += ["--input_dir", str(folder / "shards"), "--precision", "bf16"]
+    assert experiment.prepare(parse_args(flags)).facts()["warning"] == "bf16 is slow here"
 
 
 @pytest.mark.parametrize("name", RECIPES)
