@@ -267,9 +267,11 @@ def _vocabulary(
             "were made with by --vocab_file"
         )
     lower_case = shard_lower_case(folders)
+    if lower_case is None:
+        lower_case = source is None or source.do_lower_case
     tokenizer = WordPieceTokenizer.from_file(
         Path(given) if given else beside,  # type: ignore[arg-type]
-        do_lower_case=True if lower_case is None else lower_case,
+        do_lower_case=lower_case,
     )
     if given and beside and manifest.sha256_file(beside) != manifest.sha256_file(given):
         raise ConfigError(f"--vocab_file {given} is not the vocabulary of the shards, {beside}")
