@@ -26,7 +26,7 @@ usage: bash launch.sh <command> [flags passed on]
               fine-tune the newest pretrained model on a GLUE task
   glue        every GLUE task that there is data for, and one table
   finetune    any task, your own files too: --task_name custom (finetune --help)
-  report      a run folder -> a page of curves
+  report      run folders -> a page of curves; --serve follows them
   doctor      what this machine has, which kernels it will use and why, what is missing
   test        the tests; test --slow adds the long ones; other flags go to pytest
   check       lint, format, types, imports, shell

@@ -84,11 +84,13 @@ def _charts(root: Path, unigram: float) -> list[Chart]:
     def series(name: str, key: str) -> Series:
         found = [line for line in lines if line.get(key) is not None]
         return Series(
-            name=name, xs=[line["step"] for line in found], ys=[line[key] for line in found]
+            name=name,
+            xs={"step": [line["step"] for line in found]},
+            ys=[line[key] for line in found],
         )
 
     ends = [lines[0]["step"], lines[-1]["step"]]
-    frequency = Series(name="by frequency alone", xs=ends, ys=[unigram, unigram])
+    frequency = Series(name="by frequency alone", xs={"step": ends}, ys=[unigram, unigram])
     charts = [
         (
             "Masked-LM loss",
@@ -99,7 +101,4 @@ def _charts(root: Path, unigram: float) -> list[Chart]:
         ("Next-sentence accuracy", "share right", [series("held-out", "eval/nsp_accuracy")]),
         ("Learning rate", "rate", [series("rate", "train/lr")]),
     ]
-    return [
-        Chart(title=title, x_label="step", y_label=y_label, series=curves)
-        for title, y_label, curves in charts
-    ]
+    return [Chart(title=title, y_label=y_label, series=curves) for title, y_label, curves in charts]

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,15 @@ from pretrain.order import sample_order
 from pretrain.signals import StopRequest
 from pretrain.state import RunFolder, Saver, TrainState
 from zerobert import checkpoint, distributed, engine, kernels, manifest
-from zerobert.device import peak_flops
+from zerobert.checkpoint import ModelFolder
+from zerobert.device import peak_flops, slow_precision
 from zerobert.engine import Engine
 from zerobert.errors import ConfigError, exit_code
 from zerobert.model import BertForPreTraining, num_parameters, training_flops_per_sequence
 from zerobert.optim import build_optimizer
 from zerobert.shards import ShardInfo, find_shards, shard_lower_case, shard_vocabulary
-from zerobert.tokenizer import WordPieceTokenizer
-from zerobert.tracking import open_tracker, read_status, write_status
+from zerobert.tokenizer import VOCAB_NAME, WordPieceTokenizer
+from zerobert.tracking import code_version, open_tracker, read_status, write_status
 
 _WEIGHT_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MASKED_LM_PROB = 0.15  # Devlin et al. 2018, BERT
@@ -102,11 +102,14 @@ class Experiment:
         rows = sum(shard.num_rows for shard in self.training)
         flops = self.flops_per_sequence * self.sizes.global_samples
         data = f"epochs of {rows:,} sequences"
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        slow = slow_precision(device, engine.computes_in(self.config.deepspeed))
         if self.steps is not None:
             data = f"{self.steps * self.sizes.global_samples / rows:.2f} {data}"
         return {
             "parameters": f"{self.parameters:,}",
-            "processes": str(ranks),
+            **({"warning": slow} if slow else {}),
+            "processes": f"{ranks}, of {torch.get_num_threads()} CPU threads each",
             "batch": f"{self.sizes.global_samples} sequences = {self.sizes.micro_samples} x "
             f"{self.sizes.accumulation_steps} micro-steps x {ranks} processes",
             "length": f"{self.length}; {data}",
@@ -115,13 +118,6 @@ class Experiment:
             f"ZeRO stage {stage}, {low}",
             "FLOPs a step": f"{flops:.3g}",
         }
-
-
-def set_threads() -> None:
-    """Share this machine's cores among its ranks, unless the user has decided."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
 
 
 def prepare(args: argparse.Namespace, *, micro_samples: int | None = None) -> Experiment:
@@ -148,12 +144,7 @@ def prepare(args: argparse.Namespace, *, micro_samples: int | None = None) -> Ex
     engine.check_device(config.deepspeed)
     tokenizer, inputs = _vocabulary(config, folders, training)
     model = config.model(len(tokenizer.vocab))
-    if model.max_position_embeddings < training[0].seq_length:
-        raise ConfigError(
-            f"the shards have sequences of {training[0].seq_length}, the model has "
-            f"max_position_embeddings {model.max_position_embeddings}; raise it, or make shorter "
-            "shards"
-        )
+    _check_positions(config, model.max_position_embeddings, training[0].seq_length)
     output_dir = Path(args.output_dir or Path("runs") / config.name)
     if any(output_dir.resolve() == folder.resolve() for folder in folders):
         raise ConfigError(f"--output_dir {output_dir} holds the shards; choose another folder")
@@ -289,30 +280,68 @@ def _check_same_shape(training: list[ShardInfo], held_out: list[ShardInfo]) -> N
         )
 
 
+def _check_positions(config: PretrainConfig, num_positions: int, seq_length: int) -> None:
+    if num_positions >= seq_length:
+        return
+    if config.init_from is None:
+        raise ConfigError(
+            f"the shards have sequences of {seq_length}, the model has max_position_embeddings "
+            f"{num_positions}; raise it, or make shorter shards"
+        )
+    raise ConfigError(
+        f"the shards have sequences of {seq_length}, {config.init_from.path} knows positions up to "
+        f"{num_positions}; make shorter shards, or train a model whose bert.model has "
+        f"max_position_embeddings {seq_length} from the first phase on"
+    )
+
+
 def _vocabulary(
     config: PretrainConfig, folders: list[Path], training: list[ShardInfo]
 ) -> tuple[WordPieceTokenizer, dict[str, str]]:
     """The vocabulary of the shards, and the hashes of all that a run is made from."""
     beside = shard_vocabulary(folders)
     given = config.bert.data.vocab_file
+    source = config.init_from
+    if given is None and beside is None and source is not None:
+        beside = source.path / VOCAB_NAME if (source.path / VOCAB_NAME).is_file() else None
     if given is None and beside is None:
         raise ConfigError(
             f"no vocab.txt beside the shards in {', '.join(map(str, folders))}; name the one they "
             "were made with by --vocab_file"
         )
     lower_case = shard_lower_case(folders)
+    if lower_case is None:
+        lower_case = source is None or source.do_lower_case
     tokenizer = WordPieceTokenizer.from_file(
         Path(given) if given else beside,  # type: ignore[arg-type]
-        do_lower_case=True if lower_case is None else lower_case,
+        do_lower_case=lower_case,
     )
     if given and beside and manifest.sha256_file(beside) != manifest.sha256_file(given):
         raise ConfigError(f"--vocab_file {given} is not the vocabulary of the shards, {beside}")
+    if source is not None and (source.path / VOCAB_NAME).is_file():
+        _check_words(source, tokenizer)
     inputs = {"vocab.txt": tokenizer.sha256}
     for folder in sorted({shard.path.parent for shard in training}):
         if manifest.is_complete(folder):
             path = folder / manifest.MANIFEST_NAME
             inputs[str(path)] = manifest.sha256_file(path)
     return tokenizer, inputs
+
+
+def _check_words(source: ModelFolder, tokenizer: WordPieceTokenizer) -> None:
+    """Another number of words is told by the architecture; here it is other words, or their order.
+
+    Raises:
+        ConfigError: the model knows other words by the shards' numbers.
+    """
+    known = checkpoint.load_tokenizer(source)
+    if len(known.vocab) == len(tokenizer.vocab) and known.sha256 != tokenizer.sha256:
+        number = next(i for i, word in enumerate(known.vocab) if word != tokenizer.vocab[i])
+        raise ConfigError(
+            f"{source.path} was trained with another vocabulary: its word {number} is "
+            f"{known.vocab[number]!r}, the shards' is {tokenizer.vocab[number]!r}; use shards made "
+            "with its vocab.txt"
+        )
 
 
 def train(run: Experiment, args: argparse.Namespace, stop: StopRequest) -> int:
@@ -425,15 +454,36 @@ def _tracker(run: Experiment, state: TrainState) -> Iterator[Any]:
         wandb="wandb" in tracking.tracker,
         project=tracking.project,
         run_name=run.folder.path.name,
-        config=run.folder.resolved,
+        config={**run.folder.resolved, **_origin(run)},
         resume_step=state.step,
     )
+    if state.step:
+        tracker.event(state.step, "resume", processes=distributed.world_size(), code=code_version())
     try:
         yield tracker
     except BaseException:
         tracker.close(1)
         raise
     tracker.close(0)
+
+
+def _origin(run: Experiment) -> dict[str, Any]:
+    """What a run is made of beside its settings."""
+    folders = sorted({shard.path.parent for shard in run.training})
+    return {
+        "parameters": run.parameters,
+        "processes": distributed.world_size(),
+        "code": code_version(),
+        "data": {
+            **fingerprint(run.training),
+            "inputs": dict(run.folder.inputs),
+            "made_by": {
+                str(folder): manifest.read_manifest(folder).config
+                for folder in folders
+                if manifest.is_complete(folder)
+            },
+        },
+    }
 
 
 def _loop(

@@ -16,9 +16,11 @@ from tqdm import tqdm
 from pretrain import state as run_state
 from pretrain.data import StepBatch, StepLoader, dropout_seed
 from pretrain.guard import GuardConfig, SpikeGuard
+from pretrain.progress import progress_line
 from pretrain.signals import StopRequest
 from pretrain.state import Saver, TrainState
 from zerobert import distributed
+from zerobert.device import peak_memory_bytes
 from zerobert.engine import Engine
 from zerobert.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, TrainingDivergedError
 from zerobert.model import PretrainingLosses
@@ -310,6 +312,7 @@ def log(
         "perf/tokens_per_s": window.tokens / seconds,
         "perf/mfu": flops_per_s / cfg.peak_flops if cfg.peak_flops else None,
         "perf/data_wait_frac": window.reader_s / seconds,
+        "perf/peak_memory_bytes": -distributed.all_reduce_min(-peak_memory_bytes(engine.device)),
     }
     if tracker is not None:
         print(
@@ -321,6 +324,14 @@ def log(
             f"ips: {samples_per_s:.5f} sequences/sec",
             flush=True,
         )
+        line = progress_line(
+            state.step,
+            metrics,
+            total_steps=cfg.total_steps,
+            max_train_s=cfg.max_train_s,
+            accuracy=tracker.latest("eval/mlm_accuracy"),
+        )
+        print(line, flush=True)
         tracker.log(state.step, metrics)
     check_finite(engine, window, state.step)
     return mlm_loss + nsp_loss

@@ -1,6 +1,7 @@
-"""A run folder -> its page: losses, accuracies, rate, gradients, speed, and the resolved config.
+"""A run folder -> its page: curves, evaluations, events and the resolved config.
 
 Several runs are laid over each other: `python pretrain/report.py runs/a runs/b --output both.html`.
+With `--serve` the page is served, and follows runs that go on.
 """
 
 import sys
@@ -14,26 +15,37 @@ if not __package__:
     expect_interrupts()
 
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from pretrain.history import CONFIG_NAME, Run, read_run
+from pretrain.progress import format_duration
+from pretrain.serve import serve
 from zerobert.errors import ArgumentParser, ConfigError, run_script
 from zerobert.manifest import write_text
-from zerobert.page import Chart, Series, Table, Text, render_page
-from zerobert.tracking import METRICS_NAME, read_metrics
+from zerobert.page import Chart, Marker, Series, Table, render_page
+from zerobert.tracking import METRICS_NAME, STATUS_NAME
 
-CONFIG_NAME = "config.json"
 REPORT_NAME = "report.html"
+_REFRESH_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class _ChartRow:
-    """One chart: which metrics it lays over each other, and what the legend calls them."""
+    """One chart: which metrics it lays over each other, and what the legend calls them.
+
+    Attributes:
+        dull: a value that says nothing as long as there is no other.
+    """
 
     title: str
     y_label: str
     metrics: dict[str, str]
+    unit: float = 1.0
+    is_log: bool = False
+    is_exact: bool = False
+    dull: float | None = None
 
 
 _CHARTS = (
@@ -46,7 +58,9 @@ _CHARTS = (
         title="Masked-LM accuracy", y_label="share right", metrics={"eval/mlm_accuracy": "held-out"}
     ),
     _ChartRow(
-        title="Next-sentence loss", y_label="nats a pair", metrics={"train/nsp_loss": "training"}
+        title="Next-sentence loss",
+        y_label="nats a pair",
+        metrics={"train/nsp_loss": "training", "eval/nsp_loss": "held-out"},
     ),
     _ChartRow(
         title="Next-sentence accuracy",
@@ -54,12 +68,30 @@ _CHARTS = (
         metrics={"eval/nsp_accuracy": "held-out"},
     ),
     _ChartRow(title="Whole loss", y_label="nats", metrics={"train/loss": "training"}),
-    _ChartRow(title="Learning rate", y_label="rate", metrics={"train/lr": "rate"}),
+    _ChartRow(title="Learning rate", y_label="rate", metrics={"train/lr": "rate"}, is_exact=True),
     _ChartRow(
         title="Gradient norm", y_label="norm", metrics={"train/grad_norm": "before clipping"}
     ),
     _ChartRow(
+        title="Loss scale",
+        y_label="factor",
+        metrics={"train/loss_scale": "scale"},
+        is_log=True,
+        is_exact=True,
+        dull=1.0,
+    ),
+    _ChartRow(
+        title="Skipped steps",
+        y_label="steps",
+        metrics={"train/skipped_steps": "overflows"},
+        is_exact=True,
+        dull=0.0,
+    ),
+    _ChartRow(
         title="Speed", y_label="samples a second", metrics={"perf/samples_per_s": "all devices"}
+    ),
+    _ChartRow(
+        title="Tokens", y_label="tokens a second", metrics={"perf/tokens_per_s": "all devices"}
     ),
     _ChartRow(
         title="Model FLOPs utilization",
@@ -71,21 +103,14 @@ _CHARTS = (
         y_label="share of time",
         metrics={"perf/data_wait_frac": "waiting"},
     ),
-    _ChartRow(title="Loss scale", y_label="factor", metrics={"train/loss_scale": "scale"}),
-    _ChartRow(title="Skipped steps", y_label="steps", metrics={"train/skipped_steps": "overflows"}),
+    _ChartRow(
+        title="Memory",
+        y_label="GiB, the most so far",
+        metrics={"perf/peak_memory_bytes": "fullest process"},
+        unit=2.0**30,
+        is_exact=True,
+    ),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    name: str
-    config: str | None
-    metrics: list[dict[str, Any]]
-
-    def curve(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one metric; lines without it, and nulls, are left out."""
-        lines = [line for line in self.metrics if isinstance(line.get(key), int | float)]
-        return [line["step"] for line in lines], [line[key] for line in lines]
 
 
 def write_report(run_dirs: Sequence[Path], output: Path) -> Path:
@@ -95,19 +120,39 @@ def write_report(run_dirs: Sequence[Path], output: Path) -> Path:
         ConfigError: a folder is not that of a run.
         DataError: a run's metrics can't be read, or the page can't be written.
     """
-    runs = [
-        _read_run(folder, name) for folder, name in zip(run_dirs, _names(run_dirs), strict=True)
-    ]
-    charts = [chart for row in _CHARTS if (chart := _chart(row, runs)).series]
-    configs = [
-        Text(title=f"Config of {run.name}", body=run.config)
-        for run in runs
-        if run.config is not None
-    ]
-    write_text(
-        output, render_page(", ".join(_names(run_dirs)), [_summary(runs), *charts, *configs])
-    )
+    write_text(output, report_page(run_dirs))
     return output
+
+
+def report_page(run_dirs: Sequence[Path], *, refresh_s: float | None = None) -> str:
+    """The page of one or several pretraining runs.
+
+    Args:
+        refresh_s: how often the page asks for news of itself; None for never.
+
+    Raises:
+        ConfigError: a folder is not that of a run.
+        DataError: a run's metrics can't be read.
+    """
+    names = _names(run_dirs)
+    runs = [read_run(folder, name) for folder, name in zip(run_dirs, names, strict=True)]
+    charts = [chart for row in _CHARTS if (chart := _chart(row, runs)).series]
+    tables = [table for table in (_evaluations(runs), _events(runs), _settings(runs)) if table.rows]
+    markers = [
+        Marker(
+            label=f"{run.name}, step {event.step}: {event.name}, {event.text}",
+            xs=event.xs,
+            group=_group(run, runs),
+            color=i if len(runs) > 1 else _EVENT_COLOR,
+        )
+        for i, run in enumerate(runs)
+        for event in run.events
+    ]
+    sections: list[Chart | Table] = [_summary(runs), *charts, *tables]
+    return render_page(", ".join(names), sections, markers=markers, refresh_s=refresh_s)
+
+
+_EVENT_COLOR = 3  # beside one run's curves
 
 
 def _names(run_dirs: Sequence[Path]) -> list[str]:
@@ -116,74 +161,188 @@ def _names(run_dirs: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(folder) for folder in run_dirs]
 
 
-def _read_run(folder: Path, name: str) -> _Run:
-    if not (folder / METRICS_NAME).is_file():
-        raise ConfigError(
-            f"{folder}: wanted the output folder of a pretraining run, found no {METRICS_NAME}; "
-            "`bash launch.sh pretrain` makes one"
-        )
-    config = folder / CONFIG_NAME
-    return _Run(
-        name=name,
-        config=config.read_text(encoding="utf-8") if config.is_file() else None,
-        metrics=read_metrics(folder / METRICS_NAME),
-    )
+def _group(run: Run, runs: Sequence[Run]) -> str:
+    """What the reader can hide: a run among others."""
+    return run.name if len(runs) > 1 else ""
 
 
-def _chart(row: _ChartRow, runs: Sequence[_Run]) -> Chart:
+def _chart(row: _ChartRow, runs: Sequence[Run]) -> Chart:
+    """Of one run, each metric has its colour; of several, each run has, and dashes tell metrics."""
     series = []
-    for run in runs:
-        for key, label in row.metrics.items():
-            steps, values = run.curve(key)
-            if values:
-                name = label if len(runs) == 1 else f"{run.name}, {label}"
-                series.append(Series(name=name, xs=steps, ys=values))
-    return Chart(title=row.title, x_label="step", y_label=row.y_label, series=series)
+    if row.dull is not None and _is_dull(row, runs):
+        return Chart(title=row.title, y_label=row.y_label, series=())
+    for number, run in enumerate(runs):
+        for place, (key, label) in enumerate(row.metrics.items()):
+            for branch in (*run.given_up, run.kept):
+                values = branch.values(key)
+                if not values:
+                    continue
+                series.append(
+                    Series(
+                        name=label if len(runs) == 1 else f"{run.name}, {label}",
+                        xs=branch.axes(values),
+                        ys=[value / row.unit for value in values.values()],
+                        group=_group(run, runs),
+                        color=place if len(runs) == 1 else number,
+                        is_dashed=len(runs) > 1 and place > 0,
+                        is_exact=key.startswith("eval/") or row.is_exact,
+                        is_aside=branch is not run.kept,
+                    )
+                )
+    return Chart(title=row.title, y_label=row.y_label, series=series, is_log=row.is_log)
 
 
-def _summary(runs: Sequence[_Run]) -> Table:
-    header = (
-        "run",
-        "steps",
-        "samples",
-        "time",
-        "training MLM loss",
-        "held-out MLM loss",
-        "held-out MLM accuracy",
-        "samples/s",
+def _is_dull(row: _ChartRow, runs: Sequence[Run]) -> bool:
+    values = [run.kept.values(key).values() for run in runs for key in row.metrics]
+    return all(value == row.dull for each in values for value in each)
+
+
+_SUMMARY: Mapping[str, tuple[str, Callable[[float], str]]] = {
+    "samples": ("samples", "{:,.0f}".format),
+    "tokens": ("tokens", "{:,.0f}".format),
+    "time": ("elapsed_s", format_duration),
+    "training MLM loss": ("train/mlm_loss", "{:.4f}".format),
+    "held-out MLM loss": ("eval/mlm_loss", "{:.4f}".format),
+    "held-out MLM accuracy": ("eval/mlm_accuracy", "{:.2%}".format),
+    "held-out NSP accuracy": ("eval/nsp_accuracy", "{:.2%}".format),
+    "peak memory": ("perf/peak_memory_bytes", lambda size: f"{size / 2**30:.2f} GiB"),
+}
+
+
+def _summary(runs: Sequence[Run]) -> Table:
+    """Where the runs stand; columns that no run has are left out."""
+    header = ["run", "state", "last line", "step", *_SUMMARY, "samples/s", "MFU"]
+    rows = [_summary_row(run) for run in runs]
+    used = [i for i in range(len(header)) if any(row[i] != "-" for row in rows)]
+    return Table(
+        title="Where it stands",
+        header=[header[i] for i in used],
+        rows=[[row[i] for i in used] for row in rows],
     )
-    return Table(title="Where it stands", header=header, rows=[_summary_row(run) for run in runs])
 
 
-def _summary_row(run: _Run) -> list[str]:
-    def last(key: str, form: str) -> str:
-        values = run.curve(key)[1]
-        return format(values[-1], form) if values else "-"
+def _summary_row(run: Run) -> list[str]:
+    def last(key: str, form: Callable[[float], str]) -> str:
+        values = list(run.kept.values(key).values())
+        return form(values[-1]) if values else "-"
 
-    speeds = run.curve("perf/samples_per_s")[1]
-    seconds = run.curve("elapsed_s")[1]
+    def usual(key: str, form: Callable[[float], str]) -> str:
+        values = run.kept.values(key).values()
+        return form(statistics.median(values)) if values else "-"
+
+    steps = last("step", "{:,.0f}".format)
+    limit = run.config.get("bert.run.max_steps", "null")
     return [
         run.name,
-        last("step", ",.0f"),
-        last("samples", ",.0f"),
-        f"{seconds[-1] / 60:.1f} min" if seconds else "-",
-        last("train/mlm_loss", ".4f"),
-        last("eval/mlm_loss", ".4f"),
-        last("eval/mlm_accuracy", ".2%"),
-        f"{statistics.median(speeds):,.1f}" if speeds else "-",
+        run.state,
+        run.written_at or "-",
+        f"{steps} of {int(limit):,}" if limit.isdecimal() else steps,
+        *(last(key, form) for key, form in _SUMMARY.values()),
+        usual("perf/samples_per_s", "{:,.1f}".format),
+        usual("perf/mfu", "{:.1%}".format),
     ]
+
+
+def _evaluations(runs: Sequence[Run]) -> Table:
+    """Every evaluation, the newest first."""
+    metrics: dict[str, tuple[str, str]] = {
+        "MLM loss": ("eval/mlm_loss", ".4f"),
+        "MLM accuracy": ("eval/mlm_accuracy", ".2%"),
+        "NSP loss": ("eval/nsp_loss", ".4f"),
+        "NSP accuracy": ("eval/nsp_accuracy", ".2%"),
+        "rows": ("eval/rows", ",.0f"),
+    }
+    rows = []
+    for run in runs:
+        found = {key: run.kept.values(key) for key, _ in metrics.values()}
+        for step in sorted({step for values in found.values() for step in values}, reverse=True):
+            cells = [
+                format(found[key][step], form) if step in found[key] else "-"
+                for key, form in metrics.values()
+            ]
+            rows.append([run.name, f"{step:,}", *cells])
+    return Table(title="Evaluations on held-out rows", header=("run", "step", *metrics), rows=rows)
+
+
+def _events(runs: Sequence[Run]) -> Table:
+    """What happened on the way, skipped steps as one line a run."""
+    rows = []
+    for run in runs:
+        rows += [[run.name, f"{each.step:,}", each.name, each.text] for each in run.events]
+        rows += _skipped_steps(run)
+    return Table(title="Events", header=("run", "step", "event", "what"), rows=rows)
+
+
+def _skipped_steps(run: Run) -> list[list[str]]:
+    counts = run.kept.values("train/skipped_steps")
+    if not counts or not (total := max(counts.values())):
+        return []
+    last = next(step for step, count in counts.items() if count == total)
+    text = f"{total:,.0f} overflowed at their loss scale, the last of them by step {last:,}"
+    return [[run.name, f"{last:,}", "skipped steps", text]]
+
+
+def _settings(runs: Sequence[Run]) -> Table:
+    """The resolved configs side by side."""
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    return Table(
+        title="Resolved config",
+        header=("setting", *(run.name for run in runs)),
+        rows=[[key, *(run.config.get(key, "-") for run in runs)] for key in keys],
+        is_long=True,
+    )
+
+
+class _LivePage:
+    """The page of runs that go on, made anew only when that does not take most of the time."""
+
+    def __init__(self, run_dirs: Sequence[Path]) -> None:
+        self._run_dirs = run_dirs
+        self._text = ""
+        self._seen: list[float] = []
+        self._next_s = 0.0
+
+    def __call__(self) -> str:
+        if time.monotonic() >= self._next_s and (seen := self._look()) != self._seen:
+            started_s = time.monotonic()
+            self._text = report_page(self._run_dirs, refresh_s=_REFRESH_S)
+            ended_s = time.monotonic()
+            self._seen, self._next_s = seen, ended_s + 10 * (ended_s - started_s)
+        return self._text
+
+    def _look(self) -> list[float]:
+        """When each file of each run was written; 0 where there is none."""
+        names = (METRICS_NAME, STATUS_NAME, CONFIG_NAME)
+        paths = [folder / name for folder in self._run_dirs for name in names]
+        return [path.stat().st_mtime if path.is_file() else 0.0 for path in paths]
 
 
 def main() -> int:
     parser = ArgumentParser(
         description="Draw the curves of one or several pretraining runs as one HTML page.",
-        epilog="example: bash launch.sh report runs/bert_base",
+        epilog="example: bash launch.sh report runs/bert_base runs/bert_base_2 --serve",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="output folder of a run")
     parser.add_argument(
         "--output", type=Path, help=f"the page to write (default: {REPORT_NAME} in the first RUN)"
     )
+    parser.add_argument(
+        "--serve",
+        action="store_true",
+        help="serve the page on this machine alone, renewed while the runs go on, until Ctrl-C",
+    )
+    parser.add_argument(
+        "--port", type=int, help="with --serve: where; 0 for any free one (default: 8750)"
+    )
     args = parser.parse_args()
+    if args.serve and args.output:
+        raise ConfigError("--serve writes no page: leave --output out, or --serve")
+    if args.port is not None and not args.serve:
+        raise ConfigError("--port is where a page is served: add --serve, or leave it out")
+    if args.serve:
+        page = _LivePage(args.runs)
+        page()  # a wrong folder is told before anybody looks at a page
+        serve(page, 8750 if args.port is None else args.port)
     print(write_report(args.runs, args.output or args.runs[0] / REPORT_NAME))
     return 0
 

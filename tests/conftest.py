@@ -2,9 +2,12 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.browser import NAMES, Browser, find_chromium, open_browser
 
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts from there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -16,6 +19,16 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def repository() -> Path:
     """The root of the clone."""
     return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A headless Chromium."""
+    chromium = find_chromium()
+    if chromium is None:
+        pytest.skip(f"needs a Chromium on PATH, one of {', '.join(NAMES)}")
+    with open_browser(chromium, tmp_path_factory.mktemp("chromium")) as opened:
+        yield opened
 
 
 @pytest.fixture(autouse=True)

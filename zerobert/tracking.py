@@ -8,12 +8,14 @@ happened in between. Only the main process opens a tracker.
 import json
 import math
 import os
+import subprocess
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from zerobert import __version__
 from zerobert.errors import ConfigError, DataError, MissingDependencyError
 from zerobert.manifest import write_json, write_text, writing
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 METRICS_NAME = "metrics.jsonl"
 STATUS_NAME = "status.json"
 WANDB_ID_NAME = "wandb_run_id"
+EVENT_KEY = "event"
+ROLLBACK = "rollback"
 
 State = Literal["running", "done", "preempted", "failed"]
 
@@ -30,9 +34,17 @@ State = Literal["running", "done", "preempted", "failed"]
 class Tracker:
     """A run's `metrics.jsonl` and, when asked for, its W&B run; made by `open_tracker`."""
 
-    def __init__(self, path: Path, run: "Run | None") -> None:
+    def __init__(
+        self, path: Path, run: "Run | None", before: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
         self._path = path
         self._run = run
+        self._num_lines = len(before)
+        self._latest = {name: value for line in before for name, value in line.items()}
+
+    def latest(self, name: str) -> float | int | None:
+        """The last value of a metric, from before a resumption too; None where there is none."""
+        return self._latest.get(name)
 
     def log(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
         """Append one line, which is in the file when this returns.
@@ -44,8 +56,11 @@ class Tracker:
             DataError: the line can't be written.
         """
         self._append({"step": step, **{k: _finite(v) for k, v in metrics.items()}})
-        if self._run is not None:
-            self._run.log({"step": step, **{k: v for k, v in metrics.items() if v is not None}})
+        self._latest.update(metrics)
+        # What a resumed run makes again is in W&B already, and W&B would complain of each line.
+        if self._run is not None and self._num_lines >= self._run.starting_step:
+            row = {"step": step, **{k: v for k, v in metrics.items() if v is not None}}
+            self._run.log(row, step=self._num_lines)
 
     def event(self, step: int, event: str, **facts: str | int) -> None:
         """Append a line `{"step": n, "event": "<name>", ...}` of something that happened.
@@ -53,12 +68,13 @@ class Tracker:
         Raises:
             DataError: the line can't be written.
         """
-        self._append({"step": step, "event": event, **facts})
+        self._append({"step": step, EVENT_KEY: event, **facts})
 
     def _append(self, line: Mapping[str, Any]) -> None:
         # Opened for each line: nothing stays in a buffer, not even what a full disk refused.
         with writing(self._path), open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        self._num_lines += 1
 
     def close(self, exit_code: int) -> None:
         """Finish the W&B run, waiting for its upload; twice is harmless.
@@ -99,10 +115,26 @@ def open_tracker(
         if wandb
         else None
     )
-    kept = read_metrics(path) if resume_step > 0 and path.exists() else []
-    lines = [json.dumps(line) + "\n" for line in kept if line["step"] <= resume_step]
-    write_text(path, "".join(lines))
-    return Tracker(path, run)
+    lines = read_metrics(path) if resume_step > 0 and path.exists() else []
+    kept = lines_before(lines, resume_step)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return Tracker(path, run, kept)
+
+
+def lines_before(lines: Sequence[Mapping[str, Any]], step: int) -> list[Mapping[str, Any]]:
+    """The lines that a run which goes on from a state at `step` stands on.
+
+    What led to a rollback stays as it was, beyond `step` too, as long as the run stands on that
+    rollback.
+    """
+    after_rollback: list[Mapping[str, Any]] = []
+    for number in reversed(range(len(lines))):
+        line = lines[number]
+        if line.get(EVENT_KEY) == ROLLBACK and line.get("to_step", math.inf) <= step:
+            return [*lines[: number + 1], *reversed(after_rollback)]
+        if line["step"] <= step:
+            after_rollback.append(line)
+    return after_rollback[::-1]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -134,6 +166,24 @@ def write_status(output_dir: Path, state: State, exit_code: int | None, **extra:
     updated_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
     status = {"state": state, "exit_code": exit_code, "updated_at": updated_at, **extra}
     write_json(output_dir / STATUS_NAME, status)
+
+
+def code_version() -> str:
+    """The package's version and, in a checkout with git, its commit: `0.1.0 (a1fa8a6, changed)`."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != root:  # installed into another checkout
+            return __version__
+        commit = git("rev-parse", "--short=12", "HEAD")
+        changes = git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return __version__
+    return f"{__version__} ({commit}{', changed' if changes else ''})"
 
 
 def read_status(output_dir: Path) -> dict[str, Any]:
@@ -197,8 +247,8 @@ def _open_wandb(
         raise ConfigError(
             f"--tracker wandb: W&B did not start: {reason}; mend that, or set WANDB_MODE=offline"
         ) from error
-    # Our step is the x axis of every chart: W&B's own counter refuses to go back, as a resumed run
-    # must.
+    # Our step is the x axis of every chart. W&B's own counter may not go back, as a rollback does:
+    # it gets the number of our line, by which it also knows the lines that it has.
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run

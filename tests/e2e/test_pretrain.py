@@ -21,8 +21,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from tests.wandb_server import serve_wandb
 from zerobert.schedule import ScheduleConfig, factor
 from zerobert.shards import write_shard
+from zerobert.tracking import code_version
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RUN = REPOSITORY / "pretrain" / "run.py"
@@ -101,8 +103,9 @@ def _run(command: list[str], **extra: str) -> "subprocess.CompletedProcess[str]"
 
 
 def _metrics(output: Path) -> list[dict[str, Any]]:
+    """Of metrics.jsonl the lines that are no events."""
     lines = (output / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return [line for line in map(json.loads, lines) if "event" not in line]
 
 
 def _losses(output: Path) -> dict[int, float]:
@@ -139,7 +142,11 @@ def test_a_run_leaves_what_the_interface_promises(unbroken: Path) -> None:
     assert re.search(
         r"^global step: 12, epoch: 1, batch: \d+, loss: \d+\.\d{6}, "
         r"avg_reader_cost: \d\.\d{5} sec, avg_batch_cost: \d+\.\d{5} sec, "
-        r"avg_samples: 8\.00000, ips: \d+\.\d{5} sequences/sec$",
+        r"avg_samples: 8\.00000, ips: \d+\.\d{5} sequences/sec\n"
+        r"  100\.0% \| step 12/12 \| mlm \d\.\d{4} \| nsp \d\.\d{4} \| "
+        r"held-out accuracy \d+\.\d% \| lr \S+ \| grad \S+ \| \S+ samples/s \| "
+        r"\S+ tokens/s \| data wait \d+\.\d% \| "
+        r"\d+\.\d GiB \| 0:00 left$",
         log,
         re.M,
     )
@@ -164,9 +171,11 @@ def test_metrics_have_every_key(unbroken: Path) -> None:
         "perf/tokens_per_s",
         "perf/mfu",
         "perf/data_wait_frac",
+        "perf/peak_memory_bytes",
     }
     assert train["samples"] == 96
     assert train["perf/mfu"] is None
+    assert 2**27 < train["perf/peak_memory_bytes"] < 2**33
     assert train["train/loss"] == pytest.approx(train["train/mlm_loss"] + train["train/nsp_loss"])
     last = [line for line in _metrics(unbroken) if "eval/mlm_loss" in line][-1]
     assert last["step"] == 12
@@ -233,6 +242,13 @@ def test_killed_and_run_again_equals_unbroken(data: Path, unbroken: Path, tmp_pa
     again = _run(_command(data, tmp_path))
     assert again.returncode == 0, again.stderr
     assert "resumed from" in again.stdout
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    [event] = [line for line in lines if "event" in line]
+    assert (event["step"], event["event"], event["processes"]) in [
+        (step, "resume", 1) for step in (4, 8)
+    ]
+    page = (tmp_path / "report.html").read_text()
+    assert f'<td class="figure">{event["step"]}</td><td>resume</td>' in page
     assert _losses(tmp_path) == _losses(unbroken)
     assert len(_metrics(tmp_path)) == len(_metrics(unbroken))
     for name, weight in _weights(unbroken).items():
@@ -611,6 +627,27 @@ def test_wandb_offline_needs_no_account_and_keeps_its_id(data: Path, tmp_path: P
     assert key not in done.stdout + done.stderr
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or key.encode() not in path.read_bytes(), path
+
+
+def test_wandb_online_learns_what_the_run_is_made_of(data: Path, tmp_path: Path) -> None:
+    """Against a stand-in for its server."""
+    with serve_wandb() as server:
+        environment = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "f" * 40}
+        done = _run(
+            _command(data, tmp_path, "--tracker", "wandb", "--max_steps", "4"), **environment
+        )
+    assert done.returncode == 0, done.stderr
+    [(run_id, config)] = server.configs.items()
+    assert (tmp_path / "wandb_run_id").read_text().strip() == run_id
+    assert config["train_batch_size"] == 8
+    assert config["bert"]["model"]["hidden_size"] == 32
+    assert config["processes"] == 1
+    assert config["code"] == code_version()
+    assert config["parameters"] == sum(tensor.numel() for tensor in _weights(tmp_path, 4).values())
+    assert (config["data"]["rows"], config["data"]["shards"]) == (58, 3)
+    assert "vocab.txt" in config["data"]["inputs"]
+    rows = [row for row in server.history[run_id] if "train/loss" in row]
+    assert {row["step"]: row["train/loss"] for row in rows} == _losses(tmp_path)
 
 
 def test_torchrun_starts_it_too(data: Path, unbroken: Path, tmp_path: Path) -> None:
