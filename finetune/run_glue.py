@@ -28,6 +28,7 @@ from finetune.data import find_labels, parse_columns
 from finetune.output import check_output
 from finetune.tasks import Task, custom_task, find_task, plain
 from zerobert.checkpoint import newest_model
+from zerobert.device import set_threads, slow_precision
 from zerobert.errors import ArgumentParser, ConfigError, run_script
 from zerobert.manifest import is_complete
 from zerobert.schedule import ScheduleConfig
@@ -113,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Run the command line."""
     args = build_parser().parse_args()
+    set_threads()
     # Without network it would print ten lines of retries before our one.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if args.deepspeed_config:
@@ -148,6 +150,9 @@ def run_task(args: argparse.Namespace, task: Task, model: str, out: Path) -> dic
     seeds = parse_seeds(args)
     settings = choose_settings(args, task, seeds[0])
     check_output(out, Path(model))
+    device = choose_device(args.n_gpu)
+    if slow := slow_precision(device, args.precision):
+        print(f"warning: {slow}")
     prepared = job.prepare(
         task,
         model=model,
@@ -155,7 +160,7 @@ def run_task(args: argparse.Namespace, task: Task, model: str, out: Path) -> dic
         data_dir=args.data_dir,
         max_seq_length=args.max_seq_length,
         do_predict=args.do_predict,
-        device=choose_device(args.n_gpu),
+        device=device,
     )
     return job.run_seeds(prepared, settings, seeds, out)
 

@@ -38,7 +38,11 @@ KNOWN_NAMES: dict[str, dict[str, Any]] = {
     "bert-base-cased": {"size": "base"},
     "bert-large-uncased": {"size": "large"},
     "bert-large-cased": {"size": "large"},
+    "bert-base-multilingual-uncased": {"size": "base"},
+    "bert-base-multilingual-cased": {"size": "base"},
+    "bert-base-chinese": {"size": "base"},
 }
+_PADDLE_LOSS_SCALE = 2.0**15  # of its --use_amp where --scale_loss says nothing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,12 +54,28 @@ class DataConfig:
         eval_dir: folder with held-out shards; by default those beside the training shards.
         vocab_file: needed only for shards that have no `vocab.txt` beside them.
         nsp: train on next-sentence labels too; by default where the shards have them.
+        masking: `static` takes the masks of the shards, `dynamic` draws others in each epoch;
+            held-out rows keep theirs.
+        masked_lm_prob: share of the tokens that dynamic masks hide (0.15).
+        whole_word_mask: dynamic masks hide whole words.
     """
 
     input_dir: tuple[str, ...] = ("data/shards",)
     eval_dir: str | None = None
     vocab_file: str | None = None
     nsp: bool | None = None
+    masking: Literal["static", "dynamic"] = "static"
+    masked_lm_prob: float | None = None
+    whole_word_mask: bool = False
+
+    def __post_init__(self) -> None:
+        if self.masked_lm_prob is not None and not 0 < self.masked_lm_prob < 1:
+            raise ConfigError(f"masked_lm_prob: wanted between 0 and 1, got {self.masked_lm_prob}")
+        if self.masking == "static" and (self.masked_lm_prob is not None or self.whole_word_mask):
+            raise ConfigError(
+                "masked_lm_prob and whole_word_mask are for masks drawn afresh: add "
+                '"masking": "dynamic", or make shards with these settings'
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -305,22 +325,32 @@ def _override(bert: BertSection, args: argparse.Namespace) -> BertSection:
             section, **{name: value for name, value in flags.items() if value is not None}
         )
 
+    kernels = bert.kernels
     return dataclasses.replace(
         bert,
         data=given(bert.data),
         schedule=given(bert.schedule),
         run=given(bert.run),
         tracking=given(bert.tracking),
+        kernels=dataclasses.replace(kernels, compile=True) if args.to_static else kernels,
     )
 
 
 def _override_deepspeed(raw: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     ds: dict[str, Any] = copy.deepcopy(dict(raw))
-    if args.precision is not None:
+    precision = _precision_flag(args)
+    if precision is not None:
         for name in PRECISION_SECTIONS:
             ds.pop(name, None)
-        if args.precision != "fp32":
-            ds[args.precision] = {"enabled": True}
+        if precision != "fp32":
+            ds[precision] = {"enabled": True}
+    if args.scale_loss is not None:
+        _set_loss_scale(ds, args.scale_loss)
+    elif args.use_amp:
+        _set_loss_scale(ds, _PADDLE_LOSS_SCALE)
+    if args.max_grad_norm is not None:
+        ds["gradient_clipping"] = args.max_grad_norm
+        ds.get("optimizer", {}).get("params", {}).pop("max_grad_norm", None)
     if args.batch_size is not None:
         ds["train_micro_batch_size_per_gpu"] = args.batch_size
         ds.pop("train_batch_size", None)
@@ -334,6 +364,36 @@ def _override_deepspeed(raw: Mapping[str, Any], args: argparse.Namespace) -> dic
         optimizer = ds.setdefault("optimizer", {"type": "AdamW"})
         optimizer["params"] = {**optimizer.get("params", {}), **given}
     return ds
+
+
+def _precision_flag(args: argparse.Namespace) -> str | None:
+    """What `--precision` or PaddleNLP's `--use_amp` asks for.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
+    precision: str | None = args.precision
+    if args.use_amp is None:
+        return precision
+    amp = "fp16" if args.use_amp else "fp32"
+    if precision not in (None, amp):
+        raise ConfigError(
+            f"--use_amp {args.use_amp} is {amp}, --precision says {precision}: leave one out"
+        )
+    return amp
+
+
+def _set_loss_scale(ds: dict[str, Any], scale: float) -> None:
+    """The first loss scale of fp16; other precisions have none, and PaddleNLP ignores it there.
+
+    Raises:
+        ConfigError: DeepSpeed can't start from it.
+    """
+    mantissa, exponent = math.frexp(scale)
+    if mantissa != 0.5 or exponent < 1:
+        raise ConfigError(f"--scale_loss: wanted a power of 2 from 1 on, got {scale:g}")
+    if ds.get("fp16", {}).get("enabled", False):
+        ds["fp16"]["initial_scale_power"] = exponent - 1
 
 
 def _clipping(ds: Mapping[str, Any], max_grad_norm: float | None) -> Any:

@@ -1,16 +1,13 @@
-"""The order of samples as a pure function of (shards, seed, position), and batches cut from it.
+"""Batches from shards: each rank decodes its own rows, ahead of their use, in any number of ranks.
 
-Sample number `i` of a run is row `i % rows` of epoch `i // rows`. An epoch visits every row once,
-window by window: the shards, in an order drawn for that epoch, are taken together until they fill a
-window, and the rows of a window are shuffled. No rank, worker or event has a say in it, so a run is
-resumed by knowing how many samples it has seen.
+`pretrain/order.py` says which rows; here they are read, checked and cut into micro-batches.
 """
 
 import collections
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -19,125 +16,106 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from zerobert.errors import ConfigError
+from pretrain.masking import Masking, mask_afresh
+from pretrain.order import ORDER_VERSION, Piece, Rows, SampleOrder, Window, rows_of_block
+from zerobert.errors import ConfigError, ShardFormatError
 from zerobert.packing import pack
-from zerobert.shards import ShardInfo, check_values, read_shard
+from zerobert.shards import ShardInfo, check_values, empty_arrays, read_rows
 
 Arrays = dict[str, npt.NDArray[Any]]
-_PURPOSE_SHARDS, _PURPOSE_ROWS, _PURPOSE_DROPOUT = 1, 2, 3
-# Shards are shuffled together until their rows are this many: about 0.1 GB at length 128.
-_WINDOW_ROWS = 1 << 17
-
-Rows = npt.NDArray[np.int64]
+# Inflating is most of the work, and does not hold Python's lock.
+_DECODING_THREADS = 2
+_PURPOSE_DROPOUT = 3
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleOrder:
-    """Which row each sample of a run is; rows are numbered over all shards, in the shards' order.
+def read_window(
+    shards: Sequence[ShardInfo], pieces: Sequence[Piece], places: Rows, vocab_size: int
+) -> Arrays:
+    """A window's rows, each at its place; values are checked.
 
-    Attributes:
-        window_rows: shards are shuffled together until their rows reach this number.
+    Raises:
+        ShardFormatError: a shard can't be decoded or holds values out of range.
+    """
+    window = empty_arrays(shards[pieces[0].shard], len(places))
+    places_of = np.split(places, np.cumsum([piece.num_rows for piece in pieces])[:-1])
+    for piece, its_places in zip(pieces, places_of, strict=True):
+        read_rows(shards[piece.shard], piece.first_row, its_places, window)
+    try:
+        check_values(window, vocab_size=vocab_size, where="a window")
+    except ShardFormatError:  # in which row of which file?
+        for piece, its_places in zip(pieces, places_of, strict=True):
+            check_values(
+                {name: array[its_places] for name, array in window.items()},
+                vocab_size=vocab_size,
+                where=str(shards[piece.shard].path),
+                first_row=piece.first_row,
+            )
+        raise
+    return window
+
+
+class _Lane:
+    """A lane's windows: the one in use and, from some samples before its end on, the next."""
+
+    def __init__(
+        self, lane: int, order: SampleOrder, decode: Callable[[Window], "Future[Arrays]"]
+    ) -> None:
+        self._lane, self._order, self._decode = lane, order, decode
+        self._ahead = max(order.lane_samples(lane), order.window_rows // 4)
+        self._windows: collections.deque[tuple[Window, Future[Arrays]]] = collections.deque()
+
+    def request(self, index: int, count: int) -> None:
+        """Have the samples from an index on decoded, and some more."""
+        end = index + count + self._ahead
+        while not self._windows or _end(self._windows[-1][0]) < end:
+            first = _end(self._windows[-1][0]) if self._windows else index
+            window = self._order.window(self._lane, first)
+            self._windows.append((window, self._decode(window)))
+
+    def take(self, index: int, count: int) -> Iterator[Arrays]:
+        """Requested samples, in pieces that follow each other."""
+        for window, decoded in self._windows:
+            start, stop = index - window.first, min(index + count - window.first, window.num_rows)
+            if start < stop:
+                yield {name: array[start:stop] for name, array in decoded.result().items()}
+                index, count = index + stop - start, count - (stop - start)
+
+    def drop(self, index: int) -> None:
+        """Let go of what lies before an index."""
+        while self._windows and _end(self._windows[0][0]) <= index:
+            self._windows.popleft()
+
+
+def _end(window: Window) -> int:
+    return window.first + window.num_rows
+
+
+class MicroBatches(Sequence[dict[str, Tensor]]):
+    """A rank's rows cut into micro-batches, each made int64 tensors when it is asked for.
+
+    Until then they take a quarter of the memory, and what is made one by one stays in the cache.
     """
 
-    rows_of_shards: tuple[int, ...]
-    seed: int
-    window_rows: int = _WINDOW_ROWS
+    def __init__(self, rows: Arrays, micro_samples: int, *, packing: bool) -> None:
+        self._rows, self._micro_samples = rows, micro_samples
+        masks = torch.split(torch.from_numpy(rows["input_mask"]), micro_samples)
+        self._num = len(masks)
+        self._packings = [pack(mask) for mask in masks] if packing else None
 
-    @property
-    def num_rows(self) -> int:
-        """Rows of an epoch."""
-        return sum(self.rows_of_shards)
+    def __len__(self) -> int:
+        return self._num
 
-    def locate(self, first: int, count: int) -> Rows:
-        """The rows of the samples `first` to `first + count`, in order."""
-        parts = [np.empty(0, dtype=np.int64)]
-        while count > 0:
-            epoch, position = divmod(first, self.num_rows)
-            ends = self._window_ends(epoch)
-            window = int(np.searchsorted(ends, position, side="right"))
-            rows = self._window(epoch, window)
-            start = position - (int(ends[window]) - len(rows))
-            parts.append(rows[start : start + count])
-            first, count = first + len(parts[-1]), count - len(parts[-1])
-        return np.concatenate(parts)
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019 - an order lives as long as its run
-    def _windows(self, epoch: int) -> list[list[int]]:
-        """The shards of each window, in an order drawn for the epoch."""
-        generator = np.random.default_rng([self.seed, _PURPOSE_SHARDS, epoch])
-        windows: list[list[int]] = [[]]
-        filled = 0
-        for shard in generator.permutation(len(self.rows_of_shards)).tolist():
-            if filled >= self.window_rows:
-                windows.append([])
-                filled = 0
-            windows[-1].append(shard)
-            filled += self.rows_of_shards[shard]
-        return windows
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019
-    def _window_ends(self, epoch: int) -> Rows:
-        sizes = [
-            sum(self.rows_of_shards[shard] for shard in shards) for shards in self._windows(epoch)
-        ]
-        return np.cumsum(np.array(sizes, dtype=np.int64))
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019
-    def _window(self, epoch: int, window: int) -> Rows:
-        """The rows of a window's shards, shuffled."""
-        starts = np.cumsum([0, *self.rows_of_shards])
-        shards = self._windows(epoch)[window]
-        rows = np.concatenate([np.arange(starts[k], starts[k + 1]) for k in shards])
-        generator = np.random.default_rng([self.seed, _PURPOSE_ROWS, epoch, window])
-        return generator.permutation(rows).astype(np.int64)
-
-
-class ShardReader:
-    """Rows by number; the shards of the last two windows stay decoded (and checked) in memory."""
-
-    def __init__(self, shards: Sequence[ShardInfo], vocab_size: int) -> None:
-        self._shards = shards
-        self._vocab_size = vocab_size
-        self._starts = np.cumsum([0, *(shard.num_rows for shard in shards)])
-        largest = max(shard.num_rows for shard in shards)
-        self._capacity_rows = 2 * (_WINDOW_ROWS + largest)
-        self._decoded: collections.OrderedDict[int, Arrays] = collections.OrderedDict()
-
-    def gather(self, rows: Rows) -> Arrays:
-        """The rows of these numbers, in this order.
-
-        Raises:
-            ShardFormatError: a shard can't be decoded or holds values out of range.
-        """
-        owners = np.searchsorted(self._starts, rows, side="right") - 1
-        gathered: Arrays = {}
-        for shard in np.unique(owners).tolist():
-            places = np.flatnonzero(owners == shard)
-            for name, array in self._shard(shard).items():
-                if name not in gathered:
-                    gathered[name] = np.empty((len(rows), *array.shape[1:]), array.dtype)
-                gathered[name][places] = array[rows[places] - self._starts[shard]]
-        return gathered
-
-    def _shard(self, index: int) -> Arrays:
-        if index not in self._decoded:
-            kept = self._shards[index].num_rows + sum(
-                self._shards[other].num_rows for other in self._decoded
-            )
-            while self._decoded and kept > self._capacity_rows:
-                oldest, _ = self._decoded.popitem(last=False)
-                kept -= self._shards[oldest].num_rows
-            path = self._shards[index].path
-            arrays = read_shard(path)
-            check_values(arrays, vocab_size=self._vocab_size, where=str(path))
-            self._decoded[index] = arrays
-        self._decoded.move_to_end(index)
-        return self._decoded[index]
-
-
-def to_tensors(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Tensor]:
-    """Rows as int64 tensors, under the datasets' names."""
-    return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
+    def __getitem__(self, index: Any) -> Any:
+        """The micro-batch of a number, from 0 on."""
+        if not 0 <= index < self._num:
+            raise IndexError(index)
+        start = index * self._micro_samples
+        stop = start + self._micro_samples
+        batch = to_tensors({name: array[start:stop] for name, array in self._rows.items()})
+        if self._packings is not None:
+            packing = self._packings[index]
+            batch.update(places=packing.places_T, cu_seqlens=packing.cu_seqlens)
+        return batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +130,7 @@ class StepBatch:
         num_tokens: its tokens, padding not counted.
     """
 
-    micro_batches: tuple[dict[str, Tensor], ...]
+    micro_batches: Sequence[dict[str, Tensor]]
     first_samples: tuple[int, ...]
     num_masked: int
     num_tokens: int
@@ -162,65 +140,90 @@ class StepLoader:
     """Makes this rank's batches of a run, the next one while the present one is trained on.
 
     A global batch is cut into consecutive slices by rank, then by micro-step, so that any number of
-    ranks sees the same micro-batches as one.
+    ranks sees the same micro-batches as one. A rank holds the windows of its lanes and the next
+    ones of those that end soon, whatever the number and the sizes of the shards.
+
+    Args:
+        masking: masks are drawn afresh; None for those of the shards.
     """
 
     def __init__(
         self,
         shards: Sequence[ShardInfo],
+        order: SampleOrder,
         *,
-        seed: int,
         vocab_size: int,
-        global_samples: int,
         micro_samples: int,
         rank: int,
         world_size: int,
+        masking: Masking | None = None,
         packing: bool = False,
     ) -> None:
-        self.order = SampleOrder(
-            rows_of_shards=tuple(shard.num_rows for shard in shards), seed=seed
-        )
-        self._reader = ShardReader(shards, vocab_size)
-        self._global_samples = global_samples
+        self.order = order
+        self._shards = shards
+        self._vocab_size = vocab_size
         self._micro_samples = micro_samples
-        self._rank_samples = global_samples // world_size
+        self._rank_samples = order.global_samples // world_size
         self._rank = rank
+        self._masking = masking
         self._packing = packing
 
     def steps(self, first_sample: int) -> Iterator[StepBatch]:
-        """The batches from a position on, without end.
+        """The batches from a sample on, without end.
 
         Raises:
             ShardFormatError: a shard can't be decoded or holds values out of range.
         """
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
-            ahead: Future[StepBatch] = pool.submit(self.load, first_sample)
+        decoders = ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="decoder")
+        loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        lanes = [
+            _Lane(lane, self.order, functools.partial(self._submit, decoders))
+            for lane in range(self.order.num_lanes)
+        ]
+        start = first_sample + self._rank * self._rank_samples
+        try:
+            ahead = loader.submit(self._load, lanes, start)
             while True:
                 batch = ahead.result()
-                first_sample += self._global_samples
-                ahead = pool.submit(self.load, first_sample)
+                start += self.order.global_samples
+                ahead = loader.submit(self._load, lanes, start)
                 yield batch
+        finally:
+            decoders.shutdown(cancel_futures=True)  # first: the other may wait for one of them
+            loader.shutdown(cancel_futures=True)
 
-    def load(self, first_sample: int) -> StepBatch:
-        """This rank's share of the global batch that starts at a sample."""
-        start = first_sample + self._rank * self._rank_samples
-        rows = self._reader.gather(self.order.locate(start, self._rank_samples))
-        tensors = to_tensors(rows)
-        offsets = range(0, self._rank_samples, self._micro_samples)
+    def _submit(self, decoders: ThreadPoolExecutor, window: Window) -> "Future[Arrays]":
+        pieces, places = self.order.pieces(window), self.order.shuffle(window)
+        return decoders.submit(read_window, self._shards, pieces, places, self._vocab_size)
+
+    def _load(self, lanes: Sequence[_Lane], start: int) -> StepBatch:
+        """This rank's share of a global batch, which starts at a sample."""
+        runs = list(self.order.runs(start, self._rank_samples))
+        for lane, index, count in runs:
+            lanes[lane].request(index, count)
+        rows = empty_arrays(self._shards[0], self._rank_samples)
+        done = 0
+        for lane, index, count in runs:
+            for piece in lanes[lane].take(index, count):
+                num_rows = len(piece["input_ids"])
+                for name, array in piece.items():
+                    rows[name][done : done + num_rows] = array
+                done += num_rows
+        for lane, index, count in runs:
+            lanes[lane].drop(index + count)
+        if self._masking is not None:
+            rows = mask_afresh(rows, start, self._masking)
         return StepBatch(
-            micro_batches=tuple(self._micro_batch(tensors, i) for i in offsets),
-            first_samples=tuple(start + i for i in offsets),
+            micro_batches=MicroBatches(rows, self._micro_samples, packing=self._packing),
+            first_samples=tuple(range(start, start + self._rank_samples, self._micro_samples)),
             num_masked=int(np.count_nonzero(rows["masked_lm_positions"])),
             num_tokens=int(np.count_nonzero(rows["input_mask"])),
         )
 
-    def _micro_batch(self, tensors: Mapping[str, Tensor], start: int) -> dict[str, Tensor]:
-        stop = start + self._micro_samples
-        batch = {name: tensor[start:stop] for name, tensor in tensors.items()}
-        if self._packing:
-            packing = pack(batch["input_mask"])
-            batch.update(places=packing.places_T, cu_seqlens=packing.cu_seqlens)
-        return batch
+
+def to_tensors(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Tensor]:
+    """Rows as int64 tensors, under the datasets' names."""
+    return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
 
 
 def dropout_seed(seed: int, first_sample: int) -> int:
@@ -243,28 +246,53 @@ def evaluation_batches(
     Args:
         num_rows: rows on all ranks together; 0 for all there are.
     """
-    reader = ShardReader(shards, vocab_size)
-    total = sum(shard.num_rows for shard in shards)
+    starts = np.cumsum([0, *(shard.num_rows for shard in shards)])
+    total = int(starts[-1])
     wanted = min(num_rows, total) if num_rows else total
     chosen = np.linspace(0, total, wanted, endpoint=False).astype(np.int64)
-    for index, first in enumerate(range(0, wanted, batch_samples)):
-        if index % world_size == rank:
-            yield to_tensors(reader.gather(chosen[first : first + batch_samples]))
+
+    @functools.lru_cache(maxsize=2)  # a block may be in two batches
+    def read(owner: int, block: int) -> Arrays:
+        shard = shards[owner]
+        first = block * rows_of_block(shard)
+        num_rows = min(rows_of_block(shard), shard.num_rows - first)
+        return read_window(shards, [Piece(owner, first, num_rows)], np.arange(num_rows), vocab_size)
+
+    # Batches that follow each other, so that a block is read by one rank, or by two at an edge.
+    firsts = range(0, wanted, batch_samples)
+    for first in firsts[rank * len(firsts) // world_size : (rank + 1) * len(firsts) // world_size]:
+        rows = chosen[first : first + batch_samples]
+        parts: list[Arrays] = []
+        owners = np.searchsorted(starts, rows, side="right") - 1
+        for owner in np.unique(owners).tolist():
+            blocks, places = np.divmod(
+                rows[owners == owner] - starts[owner], rows_of_block(shards[owner])
+            )
+            for block in np.unique(blocks).tolist():
+                picked = places[blocks == block]
+                parts.append({name: array[picked] for name, array in read(owner, block).items()})
+        yield to_tensors(
+            {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        )
 
 
 def fingerprint(shards: Sequence[ShardInfo]) -> dict[str, Any]:
-    """What a resumed run must find unchanged in its data: the shards' names, rows and shape.
+    """What a resumed run must find unchanged in its data: the shards' names, rows and shape, and
+    all else that their order depends on.
 
     Raises:
         ConfigError: there is no row at all.
     """
     if not sum(shard.num_rows for shard in shards):
         raise ConfigError("the training shards have no rows; make them again")
-    names = "\n".join(f"{shard.path.name} {shard.num_rows}" for shard in shards)
+    names = "\n".join(
+        f"{shard.path.name} {shard.num_rows} {rows_of_block(shard)}" for shard in shards
+    )
     return {
         "shards": len(shards),
         "rows": sum(shard.num_rows for shard in shards),
         "seq_length": shards[0].seq_length,
         "max_predictions": shards[0].max_predictions,
         "names_sha256": hashlib.sha256(names.encode()).hexdigest(),
+        "order": ORDER_VERSION,
     }

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,23 @@ from pretrain import loop, memory, report
 from pretrain import state as run_state
 from pretrain.config import BatchSizes, PretrainConfig
 from pretrain.data import StepLoader, evaluation_batches, fingerprint
+from pretrain.masking import Masking, masking_of
+from pretrain.order import sample_order
 from pretrain.signals import StopRequest
 from pretrain.state import RunFolder, Saver, TrainState
 from zerobert import checkpoint, distributed, engine, kernels, manifest
-from zerobert.device import peak_flops
+from zerobert.checkpoint import ModelFolder
+from zerobert.device import peak_flops, slow_precision
 from zerobert.engine import Engine
 from zerobert.errors import ConfigError, exit_code
 from zerobert.model import BertForPreTraining, num_parameters, training_flops_per_sequence
 from zerobert.optim import build_optimizer
 from zerobert.shards import ShardInfo, find_shards, shard_lower_case, shard_vocabulary
-from zerobert.tokenizer import WordPieceTokenizer
+from zerobert.tokenizer import VOCAB_NAME, WordPieceTokenizer
 from zerobert.tracking import code_version, open_tracker, read_status, write_status
 
 _WEIGHT_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_MASKED_LM_PROB = 0.15  # Devlin et al. 2018, BERT
 # Without gradients several micro-batches fit where one did.
 _EVAL_MICRO_BATCHES = 4
 
@@ -45,13 +48,20 @@ class Experiment:
     training: tuple[ShardInfo, ...]
     held_out: tuple[ShardInfo, ...]
     nsp: bool
+    masking: Masking | None
+
+    @property
+    def max_predictions(self) -> int:
+        """Of a training batch: the shards' own, or as many as fresh masks may be."""
+        if self.masking is not None:
+            return self.masking.max_predictions
+        return self.training[0].max_predictions
 
     @property
     def flops_per_sequence(self) -> float:
         """Of a training step."""
-        shard = self.training[0]
         return training_flops_per_sequence(
-            self.folder.model, shard.seq_length, shard.max_predictions
+            self.folder.model, self.training[0].seq_length, self.max_predictions
         )
 
     @property
@@ -92,11 +102,14 @@ class Experiment:
         rows = sum(shard.num_rows for shard in self.training)
         flops = self.flops_per_sequence * self.sizes.global_samples
         data = f"epochs of {rows:,} sequences"
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        slow = slow_precision(device, engine.computes_in(self.config.deepspeed))
         if self.steps is not None:
             data = f"{self.steps * self.sizes.global_samples / rows:.2f} {data}"
         return {
             "parameters": f"{self.parameters:,}",
-            "processes": str(ranks),
+            **({"warning": slow} if slow else {}),
+            "processes": f"{ranks}, of {torch.get_num_threads()} CPU threads each",
             "batch": f"{self.sizes.global_samples} sequences = {self.sizes.micro_samples} x "
             f"{self.sizes.accumulation_steps} micro-steps x {ranks} processes",
             "length": f"{self.length}; {data}",
@@ -105,13 +118,6 @@ class Experiment:
             f"ZeRO stage {stage}, {low}",
             "FLOPs a step": f"{flops:.3g}",
         }
-
-
-def set_threads() -> None:
-    """Share this machine's cores among its ranks, unless the user has decided."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
 
 
 def prepare(args: argparse.Namespace, *, micro_samples: int | None = None) -> Experiment:
@@ -138,12 +144,7 @@ def prepare(args: argparse.Namespace, *, micro_samples: int | None = None) -> Ex
     engine.check_device(config.deepspeed)
     tokenizer, inputs = _vocabulary(config, folders, training)
     model = config.model(len(tokenizer.vocab))
-    if model.max_position_embeddings < training[0].seq_length:
-        raise ConfigError(
-            f"the shards have sequences of {training[0].seq_length}, the model has "
-            f"max_position_embeddings {model.max_position_embeddings}; raise it, or make shorter "
-            "shards"
-        )
+    _check_positions(config, model.max_position_embeddings, training[0].seq_length)
     output_dir = Path(args.output_dir or Path("runs") / config.name)
     if any(output_dir.resolve() == folder.resolve() for folder in folders):
         raise ConfigError(f"--output_dir {output_dir} holds the shards; choose another folder")
@@ -161,7 +162,12 @@ def prepare(args: argparse.Namespace, *, micro_samples: int | None = None) -> Ex
                 resolved,
                 steps=steps,
                 sizes=sizes,
-                data={**data, "vocab_sha256": tokenizer.sha256, "nsp": nsp},
+                data={
+                    **data,
+                    **_masking_identity(config),
+                    "vocab_sha256": tokenizer.sha256,
+                    "nsp": nsp,
+                },
             ),
             inputs=inputs,
             keep_states=config.bert.run.keep_states,
@@ -172,6 +178,7 @@ def prepare(args: argparse.Namespace, *, micro_samples: int | None = None) -> Ex
         training=tuple(training),
         held_out=tuple(held_out),
         nsp=nsp,
+        masking=_masking(config, tokenizer, training[0].seq_length),
     )
 
 
@@ -193,7 +200,7 @@ def fitting_micro_batch(run: Experiment, args: argparse.Namespace) -> int:
             run.folder.model, run.config.bert.kernels, nsp=run.nsp, dtype=_WEIGHT_TYPES[low]
         ),
         seq_length=shard.seq_length,
-        max_predictions=shard.max_predictions,
+        max_predictions=run.max_predictions,
         rank_samples=rank_samples,
         state_bytes=run.state_bytes,
         device=device,
@@ -238,6 +245,33 @@ def _has_nsp(config: PretrainConfig, training: list[ShardInfo]) -> bool:
     return not lacking if asked is None else asked
 
 
+def _masking(
+    config: PretrainConfig, tokenizer: WordPieceTokenizer, seq_length: int
+) -> Masking | None:
+    data = config.bert.data
+    if data.masking == "static":
+        return None
+    return masking_of(
+        tokenizer,
+        seed=config.bert.run.seed,
+        masked_lm_prob=data.masked_lm_prob or _MASKED_LM_PROB,
+        seq_length=seq_length,
+        whole_word_mask=data.whole_word_mask,
+    )
+
+
+def _masking_identity(config: PretrainConfig) -> dict[str, Any]:
+    """What a resumed run must agree in of its masks; the rest of `bert.data` it may change."""
+    data = config.bert.data
+    if data.masking == "static":
+        return {"masking": "static"}
+    return {
+        "masking": "dynamic",
+        "masked_lm_prob": data.masked_lm_prob or _MASKED_LM_PROB,
+        "whole_word_mask": data.whole_word_mask,
+    }
+
+
 def _check_same_shape(training: list[ShardInfo], held_out: list[ShardInfo]) -> None:
     if held_out and held_out[0].seq_length != training[0].seq_length:
         raise ConfigError(
@@ -246,30 +280,68 @@ def _check_same_shape(training: list[ShardInfo], held_out: list[ShardInfo]) -> N
         )
 
 
+def _check_positions(config: PretrainConfig, num_positions: int, seq_length: int) -> None:
+    if num_positions >= seq_length:
+        return
+    if config.init_from is None:
+        raise ConfigError(
+            f"the shards have sequences of {seq_length}, the model has max_position_embeddings "
+            f"{num_positions}; raise it, or make shorter shards"
+        )
+    raise ConfigError(
+        f"the shards have sequences of {seq_length}, {config.init_from.path} knows positions up to "
+        f"{num_positions}; make shorter shards, or train a model whose bert.model has "
+        f"max_position_embeddings {seq_length} from the first phase on"
+    )
+
+
 def _vocabulary(
     config: PretrainConfig, folders: list[Path], training: list[ShardInfo]
 ) -> tuple[WordPieceTokenizer, dict[str, str]]:
     """The vocabulary of the shards, and the hashes of all that a run is made from."""
     beside = shard_vocabulary(folders)
     given = config.bert.data.vocab_file
+    source = config.init_from
+    if given is None and beside is None and source is not None:
+        beside = source.path / VOCAB_NAME if (source.path / VOCAB_NAME).is_file() else None
     if given is None and beside is None:
         raise ConfigError(
             f"no vocab.txt beside the shards in {', '.join(map(str, folders))}; name the one they "
             "were made with by --vocab_file"
         )
     lower_case = shard_lower_case(folders)
+    if lower_case is None:
+        lower_case = source is None or source.do_lower_case
     tokenizer = WordPieceTokenizer.from_file(
         Path(given) if given else beside,  # type: ignore[arg-type]
-        do_lower_case=True if lower_case is None else lower_case,
+        do_lower_case=lower_case,
     )
     if given and beside and manifest.sha256_file(beside) != manifest.sha256_file(given):
         raise ConfigError(f"--vocab_file {given} is not the vocabulary of the shards, {beside}")
+    if source is not None and (source.path / VOCAB_NAME).is_file():
+        _check_words(source, tokenizer)
     inputs = {"vocab.txt": tokenizer.sha256}
     for folder in sorted({shard.path.parent for shard in training}):
         if manifest.is_complete(folder):
             path = folder / manifest.MANIFEST_NAME
             inputs[str(path)] = manifest.sha256_file(path)
     return tokenizer, inputs
+
+
+def _check_words(source: ModelFolder, tokenizer: WordPieceTokenizer) -> None:
+    """Another number of words is told by the architecture; here it is other words, or their order.
+
+    Raises:
+        ConfigError: the model knows other words by the shards' numbers.
+    """
+    known = checkpoint.load_tokenizer(source)
+    if len(known.vocab) == len(tokenizer.vocab) and known.sha256 != tokenizer.sha256:
+        number = next(i for i, word in enumerate(known.vocab) if word != tokenizer.vocab[i])
+        raise ConfigError(
+            f"{source.path} was trained with another vocabulary: its word {number} is "
+            f"{known.vocab[number]!r}, the shards' is {tokenizer.vocab[number]!r}; use shards made "
+            "with its vocab.txt"
+        )
 
 
 def train(run: Experiment, args: argparse.Namespace, stop: StopRequest) -> int:
@@ -423,14 +495,15 @@ def _loop(
     args: argparse.Namespace,
 ) -> int:
     settings = run.config.bert.run
+    order = sample_order(run.training, seed=settings.seed, global_samples=run.sizes.global_samples)
     loader = StepLoader(
         run.training,
-        seed=settings.seed,
+        order,
         vocab_size=run.folder.model.vocab_size,
-        global_samples=run.sizes.global_samples,
         micro_samples=run.sizes.micro_samples,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
+        masking=run.masking,
         packing=run.config.bert.kernels.packing,
     )
     _print_header(run, training)
@@ -452,7 +525,7 @@ def _loop(
                 seed=settings.seed,
                 max_train_s=settings.max_train_s,
                 rate=functools.partial(run.config.rate, total_steps=run.steps),
-                rows_of_epoch=loader.order.num_rows,
+                rows_of_epoch=order.num_rows,
                 flops_per_sequence=run.flops_per_sequence,
                 nsp=run.nsp,
                 peak_flops=peak_flops(training.device),

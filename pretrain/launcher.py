@@ -5,6 +5,7 @@ reach the ranks, their exit code goes out, and no process stays behind.
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -39,8 +40,6 @@ def launch(argv: Sequence[str], num_ranks: int) -> int:
     choose_accelerator(environment)
     with tempfile.TemporaryDirectory(prefix="zerobert-") as folder:
         environment[RANK_FOLDER] = folder
-        cores = os.cpu_count() or 1
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_ranks)))
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks)]
         # What it would say of a failing rank, the rank has said.
         command += ["--log_level", "critical", "--master_port", str(_free_port())]
@@ -117,7 +116,7 @@ def choose_accelerator(environment: MutableMapping[str, str]) -> None:
 
 
 def split_ranks(argv: Sequence[str]) -> tuple[list[str], int | None]:
-    """Take `--n_gpu N` out of the flags.
+    """Take `--n_gpu N`, or `--n_cards N`, out of the flags.
 
     Raises:
         ConfigError: N is not a whole number; 0 stands for one process on the CPU.
@@ -126,20 +125,25 @@ def split_ranks(argv: Sequence[str]) -> tuple[list[str], int | None]:
     flags = iter(argv)
     for flag in flags:
         name, _, value = flag.partition("=")
-        if name != "--n_gpu":
+        if name not in ("--n_gpu", "--n_cards"):
             rest.append(flag)
             continue
         text = value or next(flags, "")
         if not text.isdigit():
-            raise ConfigError(f"--n_gpu: wanted a whole number, got {text!r}")
+            raise ConfigError(f"{name}: wanted a whole number, got {text!r}")
         ranks = int(text)
     return rest, ranks
+
+
+def _asks_for_cpu(argv: Sequence[str]) -> bool:
+    joined = {f"{flag}={value}" for flag, value in itertools.pairwise(argv)} | set(argv)
+    return not joined.isdisjoint(("--device=cpu", "--select_device=cpu"))
 
 
 def main() -> int:
     """Launch with the flags of this command line."""
     argv, ranks = split_ranks(sys.argv[1:])
-    if ranks == 0:
+    if ranks == 0 or _asks_for_cpu(argv):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if {"-h", "--help"} & set(argv):
         return subprocess.call([sys.executable, str(_SCRIPT), "--help"])

@@ -17,7 +17,7 @@ if not __package__:
 
 from pretrain.launcher import choose_accelerator, launch
 from pretrain.signals import StopRequest, report_exit
-from zerobert.errors import ArgumentParser, exit_code, run_script
+from zerobert.errors import ArgumentParser, ConfigError, exit_code, run_script
 
 if TYPE_CHECKING:
     from pretrain.experiment import Experiment
@@ -67,25 +67,53 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--dry_run", action="store_true", help="print what would run, and stop")
     paddle = parser.add_argument_group("flags that PaddleNLP's run_pretrain.py has too")
     add = paddle.add_argument
-    add("--model_type", choices=("bert",), default="bert")
+    add("--model_type", type=str.lower, choices=("bert",), default="bert")
     add("--model_name_or_path", metavar="NAME|DIR", help="a known name is its architecture")
     add("--max_predictions_per_seq", type=int, metavar="N", help="checked against the shards")
     add("--batch_size", type=int, metavar="N", help="sequences per device and step")
     add("--learning_rate", type=float, metavar="X", help="peak rate")
     add("--weight_decay", type=float, metavar="X")
     add("--adam_epsilon", type=float, metavar="X")
+    add("--max_grad_norm", type=float, metavar="X", help="gradient_clipping; 0: none")
     add("--warmup_steps", type=int, metavar="N")
     add("--logging_steps", type=int, metavar="N")
     add("--save_steps", type=int, metavar="N")
-    add("--n_gpu", type=int, metavar="N", help="more than 1 starts the launcher; 0 is the CPU")
+    add(
+        "--n_gpu",
+        "--n_cards",
+        type=int,
+        metavar="N",
+        help="more than 1 starts the launcher; 0 is the CPU",
+    )
+    add("--device", "--select_device", choices=("cpu", "gpu"), help="default: what there is")
+    add("--use_amp", type=_truth, metavar="BOOL", help="true: fp16 with fp32 masters; false: fp32")
+    add("--amp_level", choices=("O1", "O2"), help="both are fp16 weights with fp32 masters")
+    add("--scale_loss", type=float, metavar="X", help="first loss scale of fp16, a power of 2")
+    add("--to_static", type=_truth, metavar="BOOL", help="true: bert.kernels.compile")
+    add("--fuse_transformer", type=_truth, metavar="BOOL", help="kernels are chosen either way")
+    add("--profiler_options", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.profiler_options is not None:
+        raise ConfigError("--profiler_options: use --profile, which traces a few steps")
+    if args.device == "gpu" and args.n_gpu == 0:
+        raise ConfigError("--device gpu and --n_gpu 0, which is the CPU, contradict each other")
+    return args
+
+
+def _truth(text: str) -> bool:
+    """A yes or no in any of the ways that Python's strtobool knows."""
+    if text.lower() in ("y", "yes", "t", "true", "on", "1"):
+        return True
+    if text.lower() in ("n", "no", "f", "false", "off", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"wanted true or false, got {text!r}")
 
 
 def main() -> int:
     """Parse, hand over to the launcher where several processes are wanted, else train."""
     args = parse_args(sys.argv[1:])
-    if args.n_gpu == 0:
+    if args.n_gpu == 0 or args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if (args.n_gpu or 0) > 1 and "RANK" not in os.environ:
         return launch(sys.argv[1:], args.n_gpu)
@@ -102,10 +130,12 @@ def main() -> int:
 def _train(args: argparse.Namespace, stop: StopRequest) -> int:
     _quiet()
     # These take seconds to import: a wrong flag is told before.
-    from pretrain import experiment
-    from zerobert import distributed, engine
+    import torch
 
-    experiment.set_threads()
+    from pretrain import experiment
+    from zerobert import device, distributed, engine
+
+    device.set_threads()
     engine.init_distributed()
     with distributed.one_voice():
         run = experiment.prepare(args)
@@ -115,6 +145,8 @@ def _train(args: argparse.Namespace, stop: StopRequest) -> int:
         agreed = distributed.all_reduce_min(fitting)
         with distributed.one_voice():
             run = experiment.prepare(args, micro_samples=agreed)
+    if args.device == "gpu" and distributed.is_main() and not torch.cuda.is_available():
+        print("--device gpu: torch finds no GPU here; training on the CPU", file=sys.stderr)
     if args.dry_run:
         if distributed.is_main():
             _print_plan(run)

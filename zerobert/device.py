@@ -1,8 +1,11 @@
-"""What is known of the devices that training runs on."""
+"""What is known of the devices that training runs on, and how many threads a rank uses of a CPU."""
 
+import os
 import re
 import resource
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -19,6 +22,15 @@ _PEAK_FLOPS = (
     ("V100", 125e12),
     ("T4", 65e12),
 )
+# Any of a CPU's own names for instructions that compute in a precision: x86's, then Arm's.
+_CPU_INSTRUCTIONS = {
+    "fp16": {"avx512_fp16", "amx_fp16", "asimdhp"},
+    "bf16": {"avx512_bf16", "amx_bf16", "bf16"},
+}
+# The first compute capability of NVIDIA's whose matrix units take a precision.
+_GPU_CAPABILITY = {"fp16": (7, 0), "bf16": (8, 0)}
+_CPUINFO = Path("/proc/cpuinfo")
+_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -40,3 +52,49 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+def slow_precision(device: torch.device, precision: str, cpuinfo: Path = _CPUINFO) -> str | None:
+    """Why a device is slow in `fp16` or `bf16` and what to ask for; None where it is not, or where
+    that is not known.
+    """
+    if precision not in _CPU_INSTRUCTIONS:
+        return None
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= _GPU_CAPABILITY[precision]:
+            return None
+        name = torch.cuda.get_device_name(device)
+        other = "fp16" if capability >= _GPU_CAPABILITY["fp16"] else "fp32"
+        return f"{name} has no matrix units for {precision}: --precision {other} is faster here"
+    if device.type != "cpu" or not cpuinfo.is_file():
+        return None
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+    if found is None or not _CPU_INSTRUCTIONS[precision].isdisjoint(found[1].split()):
+        return None
+    return f"this CPU has no {precision} instructions: --precision fp32 is many times faster here"
+
+
+def usable_cores(cpu_max: Path = _CPU_MAX) -> int:
+    """The cores that this process may run on, and no more than a container's share of time."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    quota, period = cpu_max.read_text().split() if cpu_max.is_file() else ("max", "1")
+    return cores if quota == "max" else min(cores, max(1, int(quota) // int(period)))
+
+
+def threads_of_rank(environment: Mapping[str, str], cores: int) -> int | None:
+    """A rank's share of this machine's cores; None where the user has set `OMP_NUM_THREADS`."""
+    ranks = int(environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", "1")))
+    asked = environment.get("OMP_NUM_THREADS")
+    # torchrun sets 1 for several ranks where the user has set nothing.
+    is_torchrun_s = asked == "1" and ranks > 1 and "TORCHELASTIC_RUN_ID" in environment
+    return max(1, cores // ranks) if asked is None or is_torchrun_s else None
+
+
+def set_threads() -> None:
+    """Share this machine's cores among its ranks, unless the user has decided."""
+    threads = threads_of_rank(os.environ, usable_cores())
+    if threads is not None:
+        torch.set_num_threads(threads)

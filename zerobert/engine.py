@@ -136,6 +136,14 @@ def precision(ds_config: Mapping[str, Any]) -> str:
     return "fp32"
 
 
+def computes_in(ds_config: Mapping[str, Any]) -> str:
+    """`fp16`, `bf16` or `fp32`: what the matrix products of the forward pass are computed in."""
+    autocast = ds_config.get("torch_autocast", {})
+    if autocast.get("enabled", False):
+        return "bf16" if autocast.get("dtype") in _BFLOAT16_NAMES else "fp16"
+    return precision(ds_config)
+
+
 def check_served(ds_config: Mapping[str, Any]) -> None:
     """Refuse what DeepSpeed would compute wrongly without a word, and what is not served here yet.
 

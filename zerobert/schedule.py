@@ -21,8 +21,9 @@ class ScheduleConfig:
     Attributes:
         name: the form of the fall. `linear`; `polynomial`, a power of what is left after the
             warm-up; `nvidia_polynomial`, that power of what is left of the whole run after the
-            update, which falls at once when the warm-up ends, and to 0; `cosine`, half a wave;
-            `wsd` (warm-up, stable, decay) stays at the peak until its decay; `constant`.
+            update, which falls at once when the warm-up ends, and to 0; `paddle_linear`, linear by
+            what is left after the update, to 0; `cosine`, half a wave; `wsd` (warm-up, stable,
+            decay) stays at the peak until its decay; `constant`.
         by: `steps`, or `time` as a share of the run's `max_train_s`.
         warmup_steps: wins over the proportion where both are given; none with `time`.
         warmup_proportion: warm-up as a share of the whole run.
@@ -35,14 +36,21 @@ class ScheduleConfig:
         decay_type: the form of that decay.
 
     Source: nvidia_polynomial: NVIDIA DeepLearningExamples, PyTorch BERT, schedulers.py
-    (PolyWarmUpScheduler). wsd: Hu et al. 2024 (arXiv:2404.06395), whose decay of a tenth is the
-    default; its forms: Haegele et al. 2024 (arXiv:2405.18392). time: Izsak et al. 2021
-    (arXiv:2104.07705).
+    (PolyWarmUpScheduler). paddle_linear: PaddleNLP, transformers/optimization.py
+    (LinearDecayWithWarmup with `last_epoch=0`, as its run_pretrain.py has it). wsd: Hu et al. 2024
+    (arXiv:2404.06395), whose decay of a tenth is the default; its forms: Haegele et al. 2024
+    (arXiv:2405.18392). time: Izsak et al. 2021 (arXiv:2104.07705).
     """
 
-    name: Literal["linear", "nvidia_polynomial", "polynomial", "cosine", "wsd", "constant"] = (
-        "linear"
-    )
+    name: Literal[
+        "linear",
+        "nvidia_polynomial",
+        "paddle_linear",
+        "polynomial",
+        "cosine",
+        "wsd",
+        "constant",
+    ] = "linear"
     by: Literal["steps", "time"] = "steps"
     warmup_steps: int | None = None
     warmup_proportion: float = 0.0
@@ -117,9 +125,10 @@ def factor(config: ScheduleConfig, done: float, *, total: float) -> float:
         left = math.pow(_share_left(reached, total), config.degree)
         return _between(config.min_lr_ratio, left)
     warmup = _length(config.warmup_steps, config.warmup_proportion, config, total)
-    if done < warmup:
+    behind = reached if config.name == "paddle_linear" else done
+    if behind < warmup:
         return _between(config.warmup_min_ratio, reached / warmup)
-    return _between(config.min_lr_ratio, _fall(config, done, total, warmup))
+    return _between(config.min_lr_ratio, _fall(config, behind, total, warmup))
 
 
 def _fall(config: ScheduleConfig, done: float, total: float, warmup: float) -> float:
@@ -128,7 +137,7 @@ def _fall(config: ScheduleConfig, done: float, total: float, warmup: float) -> f
     match config.name:
         case "constant":
             return 1.0
-        case "linear":
+        case "linear" | "paddle_linear":
             return left
         case "polynomial":
             return math.pow(left, config.degree)

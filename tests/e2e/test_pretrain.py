@@ -474,6 +474,31 @@ def test_masked_words_alone_with_every_kernel(data: Path, tmp_path: Path) -> Non
     assert not any(model[1][key] for key in ("missing_keys", "unexpected_keys"))
 
 
+def test_fresh_masks_are_the_same_for_any_ranks_and_the_runs_own(
+    data: Path, tmp_path: Path
+) -> None:
+    """At a rate that asks for more masks than the shards have room for."""
+    fresh = {"masking": "dynamic", "masked_lm_prob": 0.5, "whole_word_mask": True}
+    path = _varied(tmp_path, data=fresh, run={"max_steps": 4})
+    outputs = []
+    for ranks in (0, 2):
+        outputs.append(tmp_path / f"ranks{ranks}")
+        done = _run(_command(data, outputs[-1], "--deepspeed_config", str(path), ranks=ranks))
+        assert done.returncode == 0, done.stderr
+    one, two = map(_losses, outputs)
+    assert two == pytest.approx(one, abs=2e-6)
+    _varied(tmp_path, data={**fresh, "masked_lm_prob": 0.3})
+    refused = _run(_command(data, outputs[0], "--deepspeed_config", str(path)))
+    assert refused.returncode == 2
+    assert "data.masked_lm_prob was 0.5, is 0.3" in refused.stderr
+    plans = []
+    for prob in (0.5, 0.9):
+        _varied(tmp_path, data={**fresh, "masked_lm_prob": prob})
+        plan = _run(_command(data, tmp_path / "dry", "--deepspeed_config", str(path), "--dry_run"))
+        plans.append(float(re.search(r"FLOPs a step: (.*)", plan.stdout)[1]))  # type: ignore[index]
+    assert plans[1] > plans[0]
+
+
 CPU = {"device": "cpu"}
 
 

@@ -93,6 +93,14 @@ def test_precision_is_that_of_the_weights() -> None:
     assert engine.precision({"torch_autocast": {"enabled": True}}) == "fp32"
 
 
+def test_what_is_computed_in_may_be_less_than_the_weights() -> None:
+    autocast = {"enabled": True, "dtype": "bfloat16"}
+    assert engine.computes_in({"torch_autocast": autocast}) == "bf16"
+    assert engine.computes_in({"torch_autocast": {"enabled": False}}) == "fp32"
+    assert engine.computes_in(FP16) == "fp16"
+    assert engine.computes_in({}) == "fp32"
+
+
 def _constants() -> set[str]:
     """Every string in the sources where DeepSpeed says which keys it reads."""
 

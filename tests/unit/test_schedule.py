@@ -8,7 +8,9 @@ import pytest
 from zerobert.errors import ConfigError
 from zerobert.schedule import ScheduleConfig, factor, rate
 
-NAMES = ["linear", "nvidia_polynomial", "polynomial", "cosine", "wsd", "constant"]
+NAMES = [
+    *("linear", "nvidia_polynomial", "paddle_linear", "polynomial", "cosine", "wsd", "constant"),
+]
 
 
 def rates(total_steps: int, **options: object) -> list[float]:
@@ -27,6 +29,28 @@ def test_linear() -> None:
     got = rates(10, name="linear", warmup_steps=4)
     assert got == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
     assert factor(ScheduleConfig(warmup_steps=4), 10, total=10) == 0.0
+
+
+def test_paddlenlp_s_linear_counts_the_update_itself() -> None:
+    """The peak is the warm-up's last update alone; the run's last update moves nothing."""
+    got = rates(10, name="paddle_linear", warmup_steps=4)
+    assert got == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0])
+    assert rates(4, name="paddle_linear") == pytest.approx([3 / 4, 2 / 4, 1 / 4, 0])
+    assert rates(2, name="paddle_linear", warmup_steps=2) == [0.5, 0]
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(10_000, 1_000_000), (7, 30), (0, 5), (5, 5)])
+def test_paddlenlp_s_rate_at_every_update(warmup: int, total: int) -> None:
+    """Its own form, which is asked for update number 1 first (`last_epoch=0`)."""
+
+    def paddle(number: int) -> float:
+        if number < warmup:
+            return number / max(1, warmup)
+        return max(0.0, (total - number) / max(1, total - warmup))
+
+    got = rates(total, name="paddle_linear", warmup_steps=warmup)
+    errors = (abs(rate - paddle(number)) for number, rate in enumerate(got, start=1))
+    assert max(errors) < 1e-15
 
 
 def test_mosaicbert_s_linear_ends_at_two_percent() -> None:
@@ -140,7 +164,9 @@ def test_the_rate_follows_the_steps_or_the_time() -> None:
     assert rate(ScheduleConfig(by="time"), 5, 75.0, **budgets) == pytest.approx(0.0025)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "nvidia_polynomial"])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name not in ("nvidia_polynomial", "paddle_linear")]
+)
 def test_every_schedule_begins_above_zero_and_stays_within_the_peak(name: str) -> None:
     for total, warmup in [(1, 0), (1, 1), (2, 1), (50, 7), (50, 0), (50, 50)]:
         got = rates(total, name=name, warmup_steps=warmup)
@@ -155,9 +181,11 @@ def test_every_schedule_begins_above_zero_and_stays_within_the_peak(name: str) -
 def test_a_schedule_by_time_is_the_limit_of_ever_shorter_steps(name: str, warmup: float) -> None:
     options = {"name": name, "warmup_proportion": warmup, "warmup_min_ratio": 0.3}
     shares = [0.0, 0.02, 0.5, 0.9, 0.97, 0.999]
-    steps = rates(1_000_000, **options)
+    by_steps = ScheduleConfig(**options)  # type: ignore[arg-type]
+    wanted = [factor(by_steps, round(1e6 * share), total=1e6) for share in shares]
     got = by_time([100 * share for share in shares], **options)
-    assert got == pytest.approx([steps[round(1e6 * share)] for share in shares], abs=2e-5)
+    one_step = 1 / (0.05 * 1e6)  # of the steepest fall: some forms count the update itself
+    assert got == pytest.approx(wanted, abs=1.001 * one_step)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,4 +1,5 @@
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from zerobert.shards import (
     ShardInfo,
     check_values,
     describe_shard,
+    empty_arrays,
     find_shards,
+    read_rows,
     read_shard,
     shard_lower_case,
     shard_vocabulary,
@@ -52,8 +55,13 @@ def test_a_shard_read_back_is_what_was_written(tmp_path: Path) -> None:
     path = tmp_path / "a_training_0.hdf5"
     write_shard(path, arrays)
     assert describe_shard(path) == ShardInfo(
-        path=path, num_rows=600, seq_length=8, max_predictions=2
+        path=path,
+        num_rows=600,
+        seq_length=8,
+        max_predictions=2,
+        chunks=(*((256, 8),) * 3, *((256, 2),) * 2, (256,)),
     )
+    assert describe_shard(path).chunk_rows == 256
     again = read_shard(path)
     assert list(again) == list(DTYPES)
     for name, dtype in DTYPES.items():
@@ -74,6 +82,59 @@ def test_any_h5py_reads_it_by_rows(tmp_path: Path) -> None:
             "next_sentence_labels": (256,),
         }
         assert {dataset.compression for dataset in file.values()} == {"gzip"}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"compression": "gzip"},
+        {"compression": "gzip", "chunks": (7, 3)},  # columns that the width cuts
+        {"compression": "gzip", "shuffle": True},
+        {"compression": "lzf"},
+        {"chunks": (100, 8)},
+        {},
+    ],
+    ids=str,
+)
+def test_rows_are_read_from_any_layout(layout: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "a_training_0.hdf5"
+    random = np.random.default_rng(0)
+    arrays = {
+        name: random.integers(0, 100, array.shape).astype(array.dtype)
+        for name, array in make_arrays(num_rows=1000).items()
+    }
+    with h5py.File(path, "w") as file:
+        for name, array in arrays.items():
+            shape = tuple(layout.get("chunks", ())[: array.ndim])
+            chunks = tuple(map(min, shape, array.shape)) or None
+            file.create_dataset(name, data=array, **{**layout, "chunks": chunks})
+    shard = describe_shard(path)
+    for first, stop in [(0, 1000), (0, 1), (999, 1000), (6, 8), (123, 456)]:
+        places = random.permutation(stop - first)
+        got = empty_arrays(shard, stop - first)
+        read_rows(shard, first, places, got)
+        for name, dtype in DTYPES.items():
+            assert got[name].dtype == dtype
+            np.testing.assert_array_equal(got[name][places], arrays[name][first:stop])
+
+
+def test_a_chunk_that_was_stored_without_the_filter_is_read_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "a_training_0.hdf5"
+    arrays = make_arrays(num_rows=256)
+    write_shard(path, arrays)
+    with h5py.File(path, "r+") as file:
+        file["input_ids"].id.write_direct_chunk((0, 0), arrays["input_ids"].tobytes(), 1)
+    np.testing.assert_array_equal(read_shard(path)["input_ids"], arrays["input_ids"])
+
+
+def test_a_chunk_of_another_size_than_it_says_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a_training_0.hdf5"
+    write_shard(path, make_arrays(num_rows=256))
+    for raw in (bytes(100), bytes(100_000)):
+        with h5py.File(path, "r+") as file:
+            file["input_ids"].id.write_direct_chunk((0, 0), zlib.compress(raw))
+        with pytest.raises(ShardFormatError, match="is not HDF5 or is damaged"):
+            read_shard(path)
 
 
 def test_the_same_arrays_give_the_same_bytes_and_leave_nothing_else(tmp_path: Path) -> None:
@@ -191,6 +252,8 @@ def test_a_position_behind_the_end_of_the_list_is_refused() -> None:
     arrays["masked_lm_positions"][1] = [0, 2]
     with pytest.raises(ShardFormatError, match="only zeros after the first 0, got 2 in row 1"):
         check_values(arrays, vocab_size=8, where="x")
+    with pytest.raises(ShardFormatError, match="got 2 in row 71"):
+        check_values(arrays, vocab_size=8, where="x", first_row=70)
 
 
 def test_shards_are_found_by_name_below_the_folders(tmp_path: Path) -> None:

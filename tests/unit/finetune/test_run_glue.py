@@ -95,6 +95,16 @@ def run(monkeypatch, *flags: str | Path) -> dict:
     return json.loads(path.read_text()) if out and path.is_file() else {}
 
 
+def test_a_slow_precision_is_said(pretrained: Path, root: Path, monkeypatch, capsys) -> None:
+    def slow(device: torch.device, precision: str) -> str:
+        return f"{precision} is slow on this {device.type}"
+
+    monkeypatch.setattr(run_glue, "slow_precision", slow)
+    flags = ("--task_name", "sst2", "--max_steps", "1", "--n_gpu", "0", "--precision", "bf16")
+    run(monkeypatch, *flags)
+    assert "warning: bf16 is slow on this cpu\n" in capsys.readouterr().out
+
+
 def test_defaults_are_the_newest_model_data_glue_and_the_tasks_row(
     pretrained: Path, root: Path, monkeypatch, capsys
 ) -> None:

@@ -115,6 +115,7 @@ def is_alive(pid: int) -> bool:
         (["--n_gpu", "2", "--seed", "3"], ["--seed", "3"], 2),
         (["--seed=3", "--n_gpu=4"], ["--seed=3"], 4),
         (["--n_gpu", "0"], [], 0),
+        (["--n_cards=2", "--device", "cpu"], ["--device", "cpu"], 2),
         (["--max_steps", "5"], ["--max_steps", "5"], None),
     ],
 )

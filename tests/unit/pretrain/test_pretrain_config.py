@@ -27,25 +27,10 @@ from zerobert.model import BertForPreTraining
 from zerobert.optim import AdamWParams, LambParams
 from zerobert.tokenizer import SPECIAL_TOKENS, WordPieceTokenizer
 
-RECIPES = [
-    "bert_base",
-    "bert_base_adamw_bf16",
-    "bert_large_24h",
-    "bert_large_phase1",
-    "bert_large_phase2",
-    "bert_tiny_cpu",
-    "paddle_base",
-]
-
 
 def resolved(folder: Path, raw: dict[str, Any], *flags: str) -> PretrainConfig:
     path = folder / "mine.json"
     path.write_text(json.dumps(raw))
-    return resolve(parse_args(["--deepspeed_config", str(path), *flags]))
-
-
-def recipe(repository: Path, name: str, *flags: str) -> PretrainConfig:
-    path = repository / "ds_configs" / f"{name}.json"
     return resolve(parse_args(["--deepspeed_config", str(path), *flags]))
 
 
@@ -129,6 +114,108 @@ def test_paddlenlp_s_command_overrides_its_recipe() -> None:
     assert got.init_from is None
 
 
+# Source: PaddleNLP, examples/language_model/bert/README.md, pre-training on a GPU: what follows
+# `python -m paddle.distributed.launch --gpus "0" run_pretrain.py`.
+PADDLE_COMMAND = """
+    --model_type bert
+    --model_name_or_path bert-base-uncased
+    --max_predictions_per_seq 20
+    --batch_size 32
+    --learning_rate 1e-4
+    --weight_decay 1e-2
+    --adam_epsilon 1e-6
+    --warmup_steps 10000
+    --num_train_epochs 3
+    --input_dir data/
+    --output_dir pretrained_models/
+    --logging_steps 1
+    --save_steps 20000
+    --max_steps 1000000
+    --device gpu
+    --use_amp False
+"""
+
+
+def test_paddlenlp_s_documented_command_is_its_recipe() -> None:
+    args = parse_args(PADDLE_COMMAND.split())
+    got = resolve(args)
+    assert (args.output_dir, list(got.bert.data.input_dir)) == ("pretrained_models/", ["data/"])
+    assert got.model(30522) == BertConfig()
+    assert got.optimizer.params == AdamWParams(lr=1e-4, eps=1e-6, weight_decay=0.01)
+    assert got.deepspeed["gradient_clipping"] == 0.0
+    assert not {"fp16", "bf16"} & set(got.deepspeed)
+    run = got.bert.run
+    assert (run.logging_steps, run.save_steps, run.num_train_epochs) == (1, 20000, 3.0)
+    rates = [got.rate(step, 0.0, total_steps=10**6) for step in (0, 9_999, 504_999, 999_999)]
+    assert rates == pytest.approx([1e-8, 1e-4, 0.5e-4, 0], abs=1e-18)
+
+
+@pytest.mark.parametrize(
+    ("flags", "fp16"),
+    [
+        ("--use_amp True", {"enabled": True, "initial_scale_power": 15}),
+        (
+            "--use_amp 1 --scale_loss 1024 --amp_level O2",
+            {"enabled": True, "initial_scale_power": 10},
+        ),
+        (
+            "--use_amp yes --precision fp16 --scale_loss 1",
+            {"enabled": True, "initial_scale_power": 0},
+        ),
+        ("--precision fp16 --scale_loss 2", {"enabled": True, "initial_scale_power": 1}),
+        ("--use_amp False --scale_loss 1024", None),
+        ("--scale_loss 1024", None),
+        ("--use_amp off --precision fp32", None),
+    ],
+)
+def test_paddlenlp_s_mixed_precision(flags: str, fp16: dict[str, Any] | None) -> None:
+    got = resolve(parse_args(flags.split()))
+    assert got.deepspeed.get("fp16") == fp16
+
+
+def test_paddlenlp_s_amp_flag_replaces_the_json_s_precision(tmp_path: Path) -> None:
+    raw = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    got = resolved(tmp_path, raw, "--use_amp", "true").deepspeed
+    assert got["fp16"] == {"enabled": True, "initial_scale_power": 15}
+    assert not {"bf16", "data_types"} & set(got)
+    assert not {"bf16", "fp16"} & set(resolved(tmp_path, raw, "--use_amp", "n").deepspeed)
+
+
+def test_paddlenlp_s_gradient_norm_is_the_clipping(tmp_path: Path) -> None:
+    assert resolve(parse_args(["--max_grad_norm", "0.5"])).deepspeed["gradient_clipping"] == 0.5
+    raw = {"optimizer": {"type": "AdamW", "params": {"max_grad_norm": 2.0}}}
+    got = resolved(tmp_path, raw, "--max_grad_norm", "0")
+    assert got.deepspeed["gradient_clipping"] == 0.0
+
+
+def test_paddlenlp_s_static_graph_is_compilation() -> None:
+    assert resolve(parse_args(["--to_static", "True"])).bert.kernels.compile
+    assert not resolve(
+        parse_args(["--to_static", "no", "--fuse_transformer", "1"])
+    ).bert.kernels.compile
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--use_amp True --precision bf16", "--use_amp True is fp16, --precision says bf16: leave"),
+        ("--use_amp False --precision fp16", "--use_amp False is fp32, --precision says fp16"),
+        ("--use_amp maybe", "--use_amp: wanted true or false, got 'maybe'"),
+        ("--use_amp 1 --scale_loss 1000", "--scale_loss: wanted a power of 2 from 1 on, got 1000"),
+        ("--scale_loss 0", "--scale_loss: wanted a power of 2 from 1 on, got 0"),
+        ("--device xpu", "--device.*'xpu'.*cpu.*gpu"),
+        ("--device gpu --n_gpu 0", "--device gpu and --n_gpu 0, which is the CPU, contradict"),
+        ("--profiler_options batch_range=[1,2]", "--profiler_options: use --profile"),
+        ("--model_type ernie", "--model_type.*'ernie'"),
+        ("--max_grad_norm -1", "gradient_clipping: wanted a number from 0 on, got -1.0"),
+    ],
+)
+def test_what_paddlenlp_has_and_is_not_served_is_one_line(flags: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as raised:
+        resolve(parse_args(flags.split()))
+    assert "\n" not in str(raised.value)
+
+
 def test_batch_size_is_the_micro_batch_without_accumulation(tmp_path: Path) -> None:
     raw = {"train_batch_size": 64, "gradient_accumulation_steps": 4, "gradient_clipping": 0.0}
     assert resolved(tmp_path, raw, "--batch_size", "3").deepspeed == {
@@ -196,6 +283,13 @@ def test_the_vocabulary_decides_its_size(tmp_path: Path) -> None:
         ({"bert": {"shedule": {}}}, r"mine\.json: bert: unknown key 'shedule'.*'schedule'"),
         ({"bert": {"run": {"max_step": 1}}}, r"bert\.run: unknown key 'max_step'.*'max_steps'"),
         ({"bert": {"data": {"inputdir": []}}}, r"bert\.data: unknown key 'inputdir'"),
+        ({"bert": {"data": {"masked_lm_prob": 0.3}}}, r'bert\.data: .*add "masking": "dynamic"'),
+        ({"bert": {"data": {"whole_word_mask": True}}}, r'bert\.data: .*add "masking": "dynamic"'),
+        (
+            {"bert": {"data": {"masking": "dynamic", "masked_lm_prob": 15.0}}},
+            r"bert\.data: masked_lm_prob: wanted between 0 and 1, got 15",
+        ),
+        ({"bert": {"data": {"masking": "fresh"}}}, r"bert\.data\.masking: wanted one of"),
         ({"bert": {"run": {"max_steps": "7"}}}, r"bert\.run\.max_steps: wanted int, got '7'"),
         ({"bert": {"run": {"max_steps": 0}}}, r"bert\.run: max_steps: wanted above 0, got 0"),
         ({"bert": {"run": {"save_steps": 0}}}, r"bert\.run: save_steps: wanted at least 1, got 0"),
@@ -372,63 +466,6 @@ def test_initial_weights_keep_their_architecture(tmp_path: Path) -> None:
         model({"size": "base"})
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_resolves_and_runs_again_from_its_resolved_json(
-    repository: Path, tmp_path: Path, name: str
-) -> None:
-    config = recipe(repository, name)
-    model = config.model(30522)
-    for world_size in (1, 2) if name == "bert_tiny_cpu" else (1, 2, 8):
-        assert batch_sizes(config.deepspeed, world_size).accumulation_steps >= 1
-    assert total_steps(config.bert.run, 10**6, 32) == config.bert.run.max_steps
-    again = resolved(tmp_path, resolved_json(config, model))
-    assert again.model(30522) == model
-    assert again.optimizer == config.optimizer
-    assert again.deepspeed == config.deepspeed
-    assert resolved_json(again, model) == resolved_json(config, model)
-
-
-def test_all_recipes_are_listed(repository: Path) -> None:
-    assert sorted(path.stem for path in (repository / "ds_configs").glob("*.json")) == RECIPES
-
-
-@pytest.mark.parametrize(
-    ("phase", "lr", "total", "micro", "accumulation", "steps", "warmup"),
-    [
-        # Source: NVIDIA DeepLearningExamples, PyTorch BERT, scripts/run_pretraining.sh: 8192
-        # sequences a GPU in 128 steps and 4096 in 512, on eight of them.
-        (1, 6e-3, 65536, 64, 128, 7038, 2000),
-        (2, 4e-3, 32768, 8, 512, 1563, 200),
-    ],
-)
-def test_nvidia_s_recipe_in_numbers(
-    repository: Path,
-    phase: int,
-    lr: float,
-    total: int,
-    micro: int,
-    accumulation: int,
-    steps: int,
-    warmup: int,
-) -> None:
-    config = recipe(repository, f"bert_large_phase{phase}")
-    assert batch_sizes(config.deepspeed, 8) == BatchSizes(
-        global_samples=total, micro_samples=micro, accumulation_steps=accumulation
-    )
-    assert config.optimizer.type == "Lamb"
-    assert config.optimizer.params == LambParams(
-        lr=lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01
-    )
-    assert config.deepspeed["gradient_clipping"] == 1.0
-    assert config.deepspeed["fp16"] == {"enabled": True, "initial_scale_power": 20}
-    assert config.bert.run.max_steps == steps
-    assert (config.bert.schedule.name, config.bert.schedule.degree) == ("nvidia_polynomial", 0.5)
-    rates = [config.rate(step, 0.0, total_steps=steps) for step in range(steps)]
-    assert rates.index(max(rates)) == warmup - 1  # number 2,000 or 200: the last below the share
-    model = config.model(30522)
-    assert (model.num_hidden_layers, model.hidden_size) == (24, 1024)
-
-
 def identity_of(
     config: PretrainConfig, world_size: int = 1, steps: int | None = 50, rows: int = 10
 ) -> dict[str, Any]:
@@ -522,14 +559,6 @@ def test_by_time_the_budget_makes_the_run_and_its_steps_do_not(tmp_path: Path) -
     )
     with pytest.raises(ConfigError, match=r"bert\.schedule\.by was 'time', is 'steps'"):
         check_same_run(before, identity_of(other), "s")
-
-
-def test_academic_budget_s_recipe_in_numbers(repository: Path) -> None:
-    config = recipe(repository, "bert_large_24h")
-    hours = [0, 0.72, 1.44, 12.72, 24]
-    rates = [config.rate(10**6, 3600 * hour, total_steps=None) for hour in hours]
-    assert rates == pytest.approx([0, 5e-4, 1e-3, 5e-4, 0])
-    assert (config.bert.data.nsp, config.deepspeed["gradient_clipping"]) == (False, 0.0)
 
 
 SCHEDULED: dict[str, Any] = {
