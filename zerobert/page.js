@@ -1,6 +1,6 @@
 
 "use strict";
-// Draws the charts of the page from the numbers in it, and keeps them up to date where it is served.
+// Draws the charts of the page from the numbers in it; where it is served, it keeps up with them.
 // All that comes from a run goes into the page as text, never as markup.
 
 const WIDTH = 560, HEIGHT = 300, LEFT = 64, RIGHT = 14, TOP = 10, BOTTOM = 44;
@@ -108,7 +108,7 @@ function pointsOf(series) {
   if (!kept.length) return null;
   const pick = (values) => kept.map((i) => values[i]);
   const raw = pick(series.ys);
-  const isSmooth = view.smoothing > 0 && !series.aside && !series.exact;
+  const isSmooth = view.smoothing > 0 && !series.aside && !series.exact && raw.length > 1;
   return { series, xs: pick(xs), raw, ys: isSmooth ? smooth(raw, view.smoothing) : raw, isSmooth,
     low: series.low && pick(series.low), high: series.high && pick(series.high) };
 }
@@ -229,7 +229,8 @@ function drawCurve(plot, parent, curve) {
   if (curve.low && !curve.isSmooth) {
     const back = trace(curve.low).split(" ").reverse().join(" ");
     const kind = series.aside ? " aside" : "";
-    add(parent, "polygon", { class: `band ${color}${kind}`, points: trace(curve.high) + " " + back });
+    const points = trace(curve.high) + " " + back;
+    add(parent, "polygon", { class: `band ${color}${kind}`, points });
   }
   const kind = (series.dashed ? " dashed" : "") + (series.aside ? " aside" : "");
   if (curve.isSmooth) {

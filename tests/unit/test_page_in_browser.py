@@ -320,8 +320,8 @@ def test_names_that_are_markup_stay_text(browser: Browser, tmp_path: Path) -> No
     assert browser.run("document.title") == evil
     assert count(browser, "img") == 0
     assert texts(browser, "#groups label") == [evil]
-    assert texts(browser, ".legend li") == [f"{evil} 2"]
-    assert count(browser, "polyline") == 1
+    assert texts(browser, ".legend li") == [f"{evil} 1.667 (2)"]
+    assert count(browser, "polyline") == 2
     assert clean(browser)
 
 

@@ -3,9 +3,11 @@
 import contextlib
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -310,15 +312,20 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path: Path, repository: 
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    url = line.split()[0]
-    first = ask(url)[1]
-    assert rows(first, "Where it stands")[1][3] == "20 of 20"
-    add_lines(run, {"step": 30, "train/mlm_loss": 6.25})
-    while rows(ask(url)[1], "Where it stands")[1][3] != "30 of 20":
-        pass  # within ten times what the page takes to be made
-    process.send_signal(2)
-    stdout, stderr = process.communicate(timeout=30)
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[0]
+        assert rows(ask(url)[1], "Where it stands")[1][3] == "20 of 20"
+        add_lines(run, {"step": 30, "train/mlm_loss": 6.25})
+        # Within ten times what the page takes to be made.
+        deadline = time.monotonic() + 60
+        while rows(ask(url)[1], "Where it stands")[1][3] != "30 of 20":
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.communicate()
     assert (process.returncode, stdout, stderr) == (130, "", "interrupted\n")
     assert not (run / "report.html").exists()
