@@ -21,9 +21,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from pretrain.order import sample_order
 from tests.wandb_server import serve_wandb
+from zerobert.manifest import read_manifest
 from zerobert.schedule import ScheduleConfig, factor
-from zerobert.shards import write_shard
+from zerobert.shards import find_shards, write_shard
 from zerobert.tracking import code_version
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -316,6 +318,49 @@ def test_deepspeed_s_scheduler_is_followed(data: Path, tmp_path: Path) -> None:
     two_thirds = 1e-4 + (1 - 1e-4) * (1 + math.cos(math.pi * 2 / 3)) / 2
     assert rates[:2] == [0.0, 0.0]
     assert rates[2:] == pytest.approx([0.005, 0.01 * third, 0.01 * two_thirds])
+
+
+def test_a_run_goes_back_and_behind_the_samples_that_it_went_wrong_on(tmp_path: Path) -> None:
+    """The rows of the ninth step have answers that no other row has: its loss jumps."""
+    data, guard = tmp_path / "data", {"action": "rollback", "spike_factor": 1.03, "spike_window": 5}
+    data.mkdir()
+    (data / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
+    guarded = {**EXPERIMENT, "bert": {**EXPERIMENT["bert"], "guard": guard}}
+    (data / "toy.json").write_text(json.dumps(guarded))
+    for index in range(2):
+        write_shard(data / f"toy_training_{index}.hdf5", _rows(100, index))
+    shards = find_shards([data], "training")
+    poisoned = sample_order(shards, seed=42, global_samples=8).locate(64, 8)
+    for index, shard in enumerate(shards):
+        rows = _rows(100, index)
+        of_shard = poisoned[poisoned // 100 == index] % 100
+        rows["masked_lm_ids"][of_shard] = np.where(rows["masked_lm_positions"][of_shard] > 0, 1, 0)
+        write_shard(shard.path, rows)
+
+    out = tmp_path / "out"
+    done = _run(_command(data, out))
+    assert done.returncode == 0, done.stderr
+    assert "rolled back from step 9 to step 8: the loss at step 9, " in done.stdout
+    (note,) = json.loads((out / "skipped.json").read_text())
+    assert (note["to_step"], note["from_step"], note["end_sample"]) == (8, 9, 72)
+    events = [line for line in _metrics(out) if "event" in line]
+    assert [(line["step"], line["event"], line["to_step"]) for line in events] == [
+        (9, "rollback", 8)
+    ]
+    saved = read_manifest(out / "state_12").config["train_state"]
+    assert (saved["samples"], saved["position"]) == (96, 104)
+    assert (out / "report.html").exists()
+
+    # A later start from there leaves the same samples out.
+    weights = _weights(out)
+    for name in ("state_12", "model_12"):
+        shutil.rmtree(out / name)
+    again = _run(_command(data, out))
+    assert again.returncode == 0, again.stderr
+    assert "resumed from" in again.stdout
+    assert "rolled back" not in again.stdout
+    for name, weight in _weights(out).items():
+        assert torch.equal(weight, weights[name]), name
 
 
 def test_resuming_under_other_settings_is_refused(data: Path, unbroken: Path) -> None:
