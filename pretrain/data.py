@@ -1,4 +1,4 @@
-"""Batches from shards: each rank decodes its own rows, ahead of their use, in any number of ranks.
+"""Batches from shards: each rank decodes its own rows, ahead of their use.
 
 `pretrain/order.py` says which rows; here they are read, checked and cut into micro-batches.
 """
@@ -61,7 +61,8 @@ class _Lane:
         self, lane: int, order: SampleOrder, decode: Callable[[Window], "Future[Arrays]"]
     ) -> None:
         self._lane, self._order, self._decode = lane, order, decode
-        self._ahead = max(order.lane_samples(lane), order.window_rows // 4)
+        window_rows = min(order.window_rows, order.num_rows // order.num_lanes)
+        self._ahead = max(order.lane_samples(lane), window_rows // 4)
         self._windows: collections.deque[tuple[Window, Future[Arrays]]] = collections.deque()
 
     def request(self, index: int, count: int) -> None:

@@ -157,7 +157,7 @@ class SampleOrder:
                 index += len(found[-1])
         return np.concatenate(found)
 
-    @functools.lru_cache(maxsize=256)  # noqa: B019 - an order lives as long as its run
+    @functools.lru_cache(maxsize=_MAX_LANES)  # noqa: B019 - an order lives as long as its run
     def _rows(self, window: Window) -> Rows:
         listed = np.concatenate(
             [

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import engine_overhead, optimizer_step, train_step
+from benchmarks import engine_overhead, loader, optimizer_step, train_step
 from zerobert.config import SIZES, BertConfig
 from zerobert.shards import check_values
 
@@ -79,3 +79,18 @@ def test_the_engine_trains_as_a_bare_loop(repository: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "weights are equal" in done.stderr
     assert "engine, stage 1 |" in done.stdout
+
+
+def test_loaders_give_equal_batches_before_they_are_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layouts = loader.write_layouts(tmp_path, loader.make_rows(4 * 1500))
+    assert layouts["own"][0].chunks[0] == (256, 128)
+    assert layouts["NVIDIA's"][0].chunks[0] == (188, 16)  # h5py's choice
+    monkeypatch.setattr(loader, "GLOBAL_BATCH", 256)
+    for shards in layouts.values():
+        loader.check_equal(shards)
+        loader.check_equal(shards, rank=1, world_size=2)
+    monkeypatch.setattr(loader.peers, "full_labels", lambda batch, ignored: batch["input_ids"])
+    with pytest.raises(ValueError, match="not NVIDIA's"):
+        loader.check_equal(layouts["own"])

@@ -252,6 +252,16 @@ def test_what_is_in_memory_does_not_grow_with_the_shards(
         assert reads.most_alive <= 4 * 2 * (200 + 64)
 
 
+def test_few_rows_are_not_decoded_for_epochs_to_come(
+    shards: list[ShardInfo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = Reads(monkeypatch)
+    loader = make_loader(shards, num_lanes=1, window_rows=10**6)
+    (batch,) = load(loader, 0)
+    assert step_rows(batch) == loader.order.locate(0, 16).tolist()
+    assert reads.rows_read <= 2 * TOTAL
+
+
 def test_fresh_masks_belong_to_the_samples(shards: list[ShardInfo]) -> None:
     """The same ones for any ranks and from any start, others in each epoch, over the same text."""
     masking = Masking(
