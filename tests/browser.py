@@ -89,17 +89,20 @@ class Browser:
         self._call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
 
     def close(self) -> None:
-        """End the browser."""
+        """End the browser, which may be gone before it has answered."""
         self._session = None
-        self._call("Browser.close")
+        self._send("Browser.close")
 
-    def _call(self, method: str, **params: Any) -> dict[str, Any]:
+    def _send(self, method: str, **params: Any) -> None:
         self._last_id += 1
         message: dict[str, Any] = {"id": self._last_id, "method": method, "params": params}
         if self._session is not None:
             message["sessionId"] = self._session
         self._out.write(json.dumps(message).encode() + b"\0")
         self._out.flush()
+
+    def _call(self, method: str, **params: Any) -> dict[str, Any]:
+        self._send(method, **params)
         while True:
             answer = self._read()
             if answer.get("id") == self._last_id:
