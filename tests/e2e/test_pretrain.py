@@ -26,6 +26,7 @@ from tests.wandb_server import serve_wandb
 from zerobert.manifest import read_manifest
 from zerobert.schedule import ScheduleConfig, factor
 from zerobert.shards import find_shards, write_shard
+from zerobert.tracking import read_metrics
 from zerobert.tracking import code_version
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -343,7 +344,7 @@ def test_a_run_goes_back_and_behind_the_samples_that_it_went_wrong_on(tmp_path: 
     assert "rolled back from step 9 to step 8: the loss at step 9, " in done.stdout
     (note,) = json.loads((out / "skipped.json").read_text())
     assert (note["to_step"], note["from_step"], note["end_sample"]) == (8, 9, 72)
-    events = [line for line in _metrics(out) if "event" in line]
+    events = [line for line in read_metrics(out / "metrics.jsonl") if "event" in line]
     assert [(line["step"], line["event"], line["to_step"]) for line in events] == [
         (9, "rollback", 8)
     ]
