@@ -26,8 +26,7 @@ from tests.wandb_server import serve_wandb
 from zerobert.manifest import read_manifest
 from zerobert.schedule import ScheduleConfig, factor
 from zerobert.shards import find_shards, write_shard
-from zerobert.tracking import read_metrics
-from zerobert.tracking import code_version
+from zerobert.tracking import code_version, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RUN = REPOSITORY / "pretrain" / "run.py"
