@@ -90,6 +90,8 @@ class RunConfig:
         eval_steps: 0 evaluates at the end only.
         eval_rows: held-out rows of an evaluation on the way, 0 for all; the last one uses all.
         keep_states: training states that are kept, counted from the newest; models are all kept.
+        collective_timeout_s: seconds after which a process that does not answer counts as lost: all
+            then end with an error, and the same command goes on from the newest state.
         keep_every_steps: beside those, states of every multiple of this are kept; 0 for none.
     """
 
@@ -105,6 +107,7 @@ class RunConfig:
     eval_rows: int = 10_000
     keep_states: int = 2
     keep_every_steps: int = 0
+    collective_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
         for name in ("logging_steps", "save_steps", "keep_states"):
@@ -113,6 +116,10 @@ class RunConfig:
         for name in ("eval_steps", "eval_rows", "keep_every_steps", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: wanted at least 0, got {getattr(self, name)}")
+        if not 1 <= self.collective_timeout_s < math.inf:
+            raise ConfigError(
+                f"collective_timeout_s: wanted at least 1, got {self.collective_timeout_s}"
+            )
         for name in ("max_steps", "max_samples", "num_train_epochs", "max_train_s"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -536,6 +543,7 @@ _FREE = (
     "bert.run.eval_rows",
     "bert.run.keep_states",
     "bert.run.keep_every_steps",
+    "bert.run.collective_timeout_s",
     "bert.guard",
     "bert.run.max_steps",
     "bert.run.max_samples",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pretrain import config as pretrain_config
-from pretrain import loop, memory, report
+from pretrain import loop, memory, preflight, report
 from pretrain import state as run_state
 from pretrain.config import BatchSizes, PretrainConfig
 from pretrain.data import StepLoader, evaluation_batches, fingerprint
@@ -361,7 +361,14 @@ def train(run: Experiment, args: argparse.Namespace, stop: StopRequest) -> int:
         _finish(run, 0, run_state.saved_step(resume_from))
         return 0
     try:
-        return _train(run, args, stop, resume_from)
+        with distributed.connected():
+            if connection := preflight.check(
+                run.folder.path,
+                run.folder.resolved,
+                {k: v for k, v in run.folder.identity.items() if k.startswith("data.")},
+            ):
+                _say(connection)
+            return _train(run, args, stop, resume_from)
     except BaseException as error:
         if distributed.is_main():
             text = " ".join(str(error).split())
@@ -386,6 +393,7 @@ def _train(
     config = run.config
     optimizer = build_optimizer(model, config.optimizer, config.bert.kernels.lamb)
     training = Engine(model, optimizer, _engine_config(run))
+    distributed.set_timeout(config.bert.run.collective_timeout_s)
     state = TrainState()
     if resume_from is not None:
         with distributed.one_voice():

@@ -1,7 +1,9 @@
-"""Start DeepSpeed's launcher on this machine, and do what it does not: signals that come in here
-reach the ranks, their exit code goes out, and no process stays behind.
+"""Start DeepSpeed's launcher, and do what it does not: signals that come in here reach the ranks,
+their exit code goes out, and no process stays behind.
 
-`python pretrain/launcher.py [--n_gpu N] [flags of pretrain/run.py]`
+`python pretrain/launcher.py [--n_gpu N | --hostfile FILE ...] [flags of pretrain/run.py]`
+
+On several machines the signals go to the ranks of this one, which tell the others.
 """
 
 import contextlib
@@ -25,13 +27,23 @@ from zerobert.errors import ConfigError, run_script
 
 _SCRIPT = Path(__file__).resolve().with_name("run.py")
 _POLL_S = 0.2
+# Flags of DeepSpeed's launcher for several machines; each takes a value but the last two.
+_MACHINES = (
+    *("--hostfile", "--include", "--exclude", "--num_nodes", "--num_gpus", "--num_accelerators"),
+    *("--master_addr", "--master_port", "--node_rank", "--launcher", "--launcher_args"),
+    *("--ssh_port", "--slurm_comment", "--venv_script", "--no_ssh", "--no_ssh_check"),
+)
+_WITHOUT_VALUE = ("--no_ssh", "--no_ssh_check")
+_DEEPSPEED_ENVIRONMENT = ".deepspeed_env"
 
 
-def launch(argv: Sequence[str], num_ranks: int) -> int:
-    """Run `pretrain/run.py` on some ranks of this machine, to its end.
+def launch(argv: Sequence[str], num_ranks: int | None, machines: Sequence[str] = ()) -> int:
+    """Run `pretrain/run.py` on some ranks of this machine, or on several machines, to its end.
 
     Args:
         argv: the flags of `pretrain/run.py`.
+        num_ranks: on this machine; None where `machines` says how many.
+        machines: the flags of DeepSpeed's launcher.
 
     Returns:
         The ranks' exit code.
@@ -40,10 +52,12 @@ def launch(argv: Sequence[str], num_ranks: int) -> int:
     choose_accelerator(environment)
     with tempfile.TemporaryDirectory(prefix="zerobert-") as folder:
         environment[RANK_FOLDER] = folder
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks)]
+        _pass_on(environment, Path(folder))
         # What it would say of a failing rank, the rank has said.
-        command += ["--log_level", "critical", "--master_port", str(_free_port())]
-        command += [str(_SCRIPT), *argv]
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical"]
+        if num_ranks is not None:
+            command += ["--num_gpus", str(num_ranks), "--master_port", str(_free_port())]
+        command += [*machines, str(_SCRIPT), *argv]
         received: list[signal.Signals] = []
 
         def receive(number: int, frame: FrameType | None) -> None:
@@ -58,6 +72,20 @@ def launch(argv: Sequence[str], num_ranks: int) -> int:
         finally:
             _end_group(child.pid)
         return _exit_code(child.returncode, Path(folder))
+
+
+def _pass_on(environment: MutableMapping[str, str], folder: Path) -> None:
+    """Let DeepSpeed's launcher give the ranks' folder to ranks that it starts over ssh: it hands on
+    what a file lists, in which the user's own lines stay.
+    """
+    name = environment.get("DS_ENV_FILE", _DEEPSPEED_ENVIRONMENT)
+    own = [path for path in (Path.home() / name, Path(name)) if path.is_file()]
+    lines = [line for path in own for line in path.read_text(encoding="utf-8").splitlines()]
+    names = (RANK_FOLDER, "DS_ACCELERATOR", "OMP_NUM_THREADS")
+    lines += [f"{name}={environment[name]}" for name in names if name in environment]
+    path = folder / "environment"
+    path.write_text("".join(f"{line}\n" for line in lines if line.strip()), encoding="utf-8")
+    environment["DS_ENV_FILE"] = str(path)
 
 
 def _forward(

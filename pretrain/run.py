@@ -17,7 +17,15 @@ if not __package__:
 
 from pretrain.launcher import choose_accelerator, launch
 from pretrain.signals import StopRequest, report_exit
-from zerobert.errors import ArgumentParser, ConfigError, exit_code, run_script
+from zerobert.errors import (
+    ArgumentParser,
+    ConfigError,
+    ConnectionLostError,
+    exit_code,
+    print_error,
+    run_script,
+)
+from zerobert.slurm import adopt_slurm
 
 if TYPE_CHECKING:
     from pretrain.experiment import Experiment
@@ -113,6 +121,7 @@ def _truth(text: str) -> bool:
 def main() -> int:
     """Parse, hand over to the launcher where several processes are wanted, else train."""
     args = parse_args(sys.argv[1:])
+    adopt_slurm(os.environ)
     if args.n_gpu == 0 or args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if (args.n_gpu or 0) > 1 and "RANK" not in os.environ:
@@ -120,6 +129,11 @@ def main() -> int:
     stop = StopRequest()
     try:
         code = _train(args, stop)
+    except ConnectionLostError as error:
+        report_exit(exit_code(error))
+        print_error(error)
+        sys.stdout.flush()
+        os._exit(exit_code(error))  # threads that wait for the other side would hold the exit up
     except BaseException as error:
         report_exit(exit_code(error))
         raise
@@ -130,13 +144,21 @@ def main() -> int:
 def _train(args: argparse.Namespace, stop: StopRequest) -> int:
     _quiet()
     # These take seconds to import: a wrong flag is told before.
-    import torch
-
-    from pretrain import experiment
     from zerobert import device, distributed, engine
 
     device.set_threads()
     engine.init_distributed()
+    with distributed.connected():
+        return _start(args, stop)
+
+
+def _start(args: argparse.Namespace, stop: StopRequest) -> int:
+    """`_train`, with the others at hand."""
+    import torch
+
+    from pretrain import experiment
+    from zerobert import distributed
+
     with distributed.one_voice():
         run = experiment.prepare(args)
     if args.auto_micro_batch:

@@ -42,8 +42,9 @@ def report_exit(code: int) -> None:
 
 
 def _write_rank_file(suffix: str, value: int) -> None:
-    if folder := os.environ.get(RANK_FOLDER):
-        path = Path(folder) / f"{os.environ.get('RANK', '0')}.{suffix}"
+    folder = Path(os.environ.get(RANK_FOLDER, "").strip())
+    if folder.name and folder.is_dir():  # it is not on the other machines of a run
+        path = folder / f"{os.environ.get('RANK', '0')}.{suffix}"
         temporary = path.with_suffix(".tmp")
         temporary.write_text(str(value))
         temporary.rename(path)

@@ -133,8 +133,8 @@ class Saver:
             pending.result()
 
     def close(self) -> None:
-        """End the thread; a save that is under way is finished first."""
-        self._pool.shutdown()
+        """Take no more saves; one that is under way goes on to its end, or to the process's."""
+        self._pool.shutdown(wait=False)
 
     def go_back(self, wrong: TrainState, num_states: int, reason: str) -> Path | None:
         """Make an earlier state the newest, and note what is to be skipped behind it; collective.

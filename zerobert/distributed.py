@@ -5,14 +5,26 @@ waits for a GPU.
 """
 
 import contextlib
+import datetime
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from zerobert.errors import EXIT_USER, ZerobertError
+from zerobert.errors import EXIT_USER, ConnectionLostError, ZerobertError
+
+# What a thread of its own may wait for: another rank that writes large files.
+_PATIENCE = datetime.timedelta(hours=1)
+# How torch's gloo and nccl tell, in RuntimeErrors of no class of their own, that a peer is gone.
+_LOST = re.compile(
+    r"gloo/transport|Connection (closed|reset|refused)|connectFullMesh|Timed out waiting|"
+    r"wait timeout|Socket Timeout|NCCL.*(timeout|communicator was aborted|system error)|"
+    r"Broken pipe|No route to host|Network is unreachable",
+    re.IGNORECASE,
+)
 
 
 def is_initialized() -> bool:
@@ -39,7 +51,36 @@ def new_group() -> dist.ProcessGroup | None:
     """One more gloo group of all processes, for a thread of its own; None where there is one
     process. Collective.
     """
-    return dist.new_group(backend="gloo") if world_size() > 1 else None
+    return dist.new_group(backend="gloo", timeout=_PATIENCE) if world_size() > 1 else None
+
+
+def set_timeout(seconds: float) -> None:
+    """How long a collective of any group there is may take, until the connection counts as lost."""
+    if world_size() > 1:
+        _cpu_group()
+        for group in list(dist.distributed_c10d._world.pg_map):
+            timeout = datetime.timedelta(seconds=seconds)
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[None]:
+    """Turn the failure of a collective into an error that says so.
+
+    Raises:
+        ConnectionLostError: another process, or the way to it, is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        if world_size() == 1 or not (isinstance(error, dist.DistError) or _LOST.search(reason)):
+            raise
+        raise ConnectionLostError(
+            f"the connection to another process is lost ({reason[:160]}): look for that process's "
+            "own error, else for the network between the machines; the same command goes on from "
+            "the newest state"
+        ) from error
 
 
 @functools.lru_cache(maxsize=1)
@@ -69,6 +110,14 @@ def all_reduce_min(value: int) -> int:
     least = torch.tensor(value)
     dist.all_reduce(least, op=dist.ReduceOp.MIN, group=_cpu_group())
     return int(least)
+
+
+def gather_object(value: Any) -> list[Any]:
+    """Every process's value in the order of ranks, on every process."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value, group=_cpu_group())
+    return values
 
 
 def broadcast_object(value: Any) -> Any:

@@ -8,8 +8,9 @@ source and have not run on a device yet.
 import dataclasses
 import os
 import socket
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import deepspeed
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from zerobert import distributed, zero
-from zerobert.errors import ConfigError, TrainingDivergedError
+from zerobert.errors import ConfigError, ConnectionLostError, TrainingDivergedError
 from zerobert.optim import Lamb
 from zerobert.training_state import MOMENTS, WEIGHTS, Piece, Snapshot, StateReader
 
@@ -113,13 +114,46 @@ def init_distributed() -> None:
     # Without this, the first collective on CPU compiles a shared-memory extension for half a
     # minute, or crashes where there is no C++ compiler; gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if torch.cuda.is_available() else "gloo",
-        verbose=False,
-        auto_mpi_discovery=False,
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+            verbose=False,
+            auto_mpi_discovery=False,
+        )
+    except dist.DistError as error:
+        rank, ranks = os.environ["RANK"], os.environ["WORLD_SIZE"]
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConnectionLostError(
+            f"rank {rank} of {ranks} did not find the others at {where}: have all machines "
+            "started, can they reach that address and port, and is nothing else listening there?"
+        ) from error
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def time_all_reduce(num_bytes: int) -> float:
+    """The seconds of one sum over all ranks, on the device and group that training uses."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tensor = torch.zeros(max(1, num_bytes // 4), device=device)
+    distributed.barrier()
+    return _timed(lambda: dist.all_reduce(tensor), device)
+
+
+def time_product() -> float:
+    """The seconds of a matrix product on this rank's device."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    matrix = torch.ones(1024, 256, device=device)
+    return _timed(lambda: matrix @ matrix.T, device)
+
+
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def leave_distributed() -> None:

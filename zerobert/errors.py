@@ -7,6 +7,7 @@ ZerobertError
 │   └── ManifestError                  a folder that is incomplete or was changed since
 ├── CheckpointError                    a model folder or state that can't be loaded or written
 ├── MissingDependencyError(ImportError) an optional package that this request needs
+├── ConnectionLostError                another process of the run, or the way to it, is gone
 └── TrainingDivergedError              the loss is no longer a finite number
 
 A message says where, what was wanted, what was got, and what to do.
@@ -51,6 +52,10 @@ class CheckpointError(ZerobertError):
 
 class MissingDependencyError(ZerobertError, ImportError):
     """An optional package that this request needs; the message has the command that installs it."""
+
+
+class ConnectionLostError(ZerobertError):
+    """Another process of the run does not answer any more."""
 
 
 class TrainingDivergedError(ZerobertError):
