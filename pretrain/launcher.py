@@ -168,13 +168,40 @@ def _asks_for_cpu(argv: Sequence[str]) -> bool:
     return not joined.isdisjoint(("--device=cpu", "--select_device=cpu"))
 
 
+def split_machines(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take the flags of DeepSpeed's launcher out of the others.
+
+    Raises:
+        ConfigError: one has no value.
+    """
+    rest, machines = [], []
+    flags = iter(argv)
+    for flag in flags:
+        name, equals, _ = flag.partition("=")
+        if name not in _MACHINES:
+            rest.append(flag)
+            continue
+        machines.append(flag)
+        if not equals and name not in _WITHOUT_VALUE:
+            value = next(flags, None)
+            if value is None:
+                raise ConfigError(f"{name}: wanted a value; see `deepspeed --help`")
+            machines.append(value)
+    return rest, machines
+
+
 def main() -> int:
     """Launch with the flags of this command line."""
     argv, ranks = split_ranks(sys.argv[1:])
+    argv, machines = split_machines(argv)
     if ranks == 0 or _asks_for_cpu(argv):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if {"-h", "--help"} & set(argv):
         return subprocess.call([sys.executable, str(_SCRIPT), "--help"])
+    if machines:
+        if ranks:
+            raise ConfigError(f"--n_gpu is for one machine; with {machines[0]} use --num_gpus")
+        return launch(argv, None, machines)
     return launch(argv, ranks or default_ranks())
 
 

@@ -14,6 +14,7 @@ import torch
 
 from tests.e2e.test_pretrain import (
     EXPERIMENT,
+    REPOSITORY,
     RUN,
     TIMEOUT_S,
     _environment,
@@ -53,17 +54,18 @@ class Hosts:
     def _inside(namespace: str, *words: str) -> None:
         _ip("-n", namespace, *words)
 
-    def start(self, number: int, command: list[str], log: Path) -> "subprocess.Popen[str]":
-        """A rank on a host."""
-        environment = _environment(
-            RANK=str(number),
-            LOCAL_RANK="0",
-            WORLD_SIZE="2",
-            LOCAL_WORLD_SIZE="1",
-            MASTER_ADDR="10.99.0.1",
-            MASTER_PORT="29500",
-            GLOO_SOCKET_IFNAME=self.cables[number],
+    def start_rank(self, number: int, command: list[str], log: Path) -> "subprocess.Popen[str]":
+        """A rank of a host."""
+        rank = {"RANK": str(number), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+        return self.start(
+            *(number, command, log), **rank, MASTER_ADDR="10.99.0.1", MASTER_PORT="29500"
         )
+
+    def start(
+        self, number: int, command: list[str], log: Path, **extra: str
+    ) -> "subprocess.Popen[str]":
+        """A process on a host."""
+        environment = _environment(GLOO_SOCKET_IFNAME=self.cables[number], **extra)
         with log.open("w") as file:
             return subprocess.Popen(
                 ["ip", "netns", "exec", self.names[number], *command],
@@ -142,12 +144,44 @@ def test_two_hosts_train_as_one_process(
 ) -> None:
     logs = [tmp_path / f"{number}.log" for number in range(2)]
     command = _command(tmp_path, data, 12)
-    ranks = [hosts.start(number, command, logs[number]) for number in range(2)]
+    ranks = [hosts.start_rank(number, command, logs[number]) for number in range(2)]
     codes = [_ends(rank, log, TIMEOUT_S) for rank, log in zip(ranks, logs, strict=True)]
     assert codes == [0, 0], logs[0].read_text() + logs[1].read_text()
     assert "connection: 2 processes on " in logs[0].read_text()
     for step, loss in _losses(unbroken).items():
         assert _losses(tmp_path / "out")[step] == pytest.approx(loss, abs=2e-6)
+
+
+@pytest.mark.slow
+def test_a_hostfile_starts_both_hosts_and_a_signal_to_one_stops_both(
+    hosts: Hosts, data: Path, tmp_path: Path
+) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("10.99.0.1 slots=1\n10.99.0.2 slots=1\n")
+    logs = [tmp_path / f"{number}.log" for number in range(2)]
+    _, run, *flags = _command(tmp_path, data, 400, seconds_a_step=0.2)
+    slow_launcher = tmp_path / "launcher.py"
+    slow_launcher.write_text(
+        f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "from pathlib import Path\nfrom pretrain import launcher\n"
+        f"launcher._SCRIPT = Path({run!r})\nsys.exit(launcher.main())\n"
+    )
+    rendezvous = ["--no_ssh", "--master_addr", "10.99.0.1", "--master_port", "29501"]
+    launchers = []
+    for number, log in enumerate(logs):
+        machines = ["--hostfile", str(hostfile), *rendezvous, "--node_rank", str(number)]
+        command = [sys.executable, str(slow_launcher), *machines, *flags]
+        launchers.append(hosts.start(number, command, log))
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (tmp_path / "out" / "state_4").exists():
+        assert all(each.poll() is None for each in launchers), logs[0].read_text()
+        assert time.monotonic() < deadline, logs[0].read_text()
+        time.sleep(0.1)
+    launchers[1].terminate()
+    codes = [_ends(each, log, TIMEOUT_S) for each, log in zip(launchers, logs, strict=True)]
+    assert codes == [143, 143], logs[0].read_text() + logs[1].read_text()
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("preempted", 143)
 
 
 @pytest.mark.slow
@@ -161,7 +195,7 @@ def test_a_cut_cable_ends_all_ranks_and_the_run_goes_on(
 
     def start(folder: Path, seconds_a_step: float) -> list["subprocess.Popen[str]"]:
         command = _command(folder, data, 24, seconds_a_step)
-        return [hosts.start(number, command, logs[number]) for number in range(2)]
+        return [hosts.start_rank(number, command, logs[number]) for number in range(2)]
 
     for rank, log in zip(start(whole, 0.0), logs, strict=True):
         assert _ends(rank, log, TIMEOUT_S) == 0, log.read_text()

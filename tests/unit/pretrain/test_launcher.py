@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.launcher import split_ranks
+from pretrain.launcher import split_machines, split_ranks
 from tests.conftest import REPOSITORY
 from zerobert.errors import ConfigError
 
@@ -174,3 +174,13 @@ def test_who_insists_ends_ranks_that_do_not_listen(tmp_path: Path) -> None:
         launch.process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
     assert launch.end() == 128 + signal.SIGKILL
+
+
+def test_flags_of_deepspeed_s_launcher_are_handed_to_it() -> None:
+    flags = ["--seed", "1", "--hostfile", "H", "--no_ssh", "--num_nodes=2", "--max_steps", "4"]
+    assert split_machines(flags) == (
+        ["--seed", "1", "--max_steps", "4"],
+        ["--hostfile", "H", "--no_ssh", "--num_nodes=2"],
+    )
+    with pytest.raises(ConfigError, match="--hostfile: wanted a value"):
+        split_machines(["--hostfile"])
