@@ -12,19 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.e2e.test_pretrain import (
-    RUN,
-    TIMEOUT_S,
-    _environment,
-    _losses,
-    _run,
-    _weights,
-    data,
-)
+from tests import toy_runs as toy
 from zerobert.errors import DataError
 from zerobert.tracking import read_metrics
-
-__all__ = ["data"]  # a fixture
 
 STEPS, KILLS = 200, 20
 Phase = tuple[int, int]  # ranks, ZeRO stage
@@ -36,7 +26,7 @@ def _command(data: Path, output: Path, phase: Phase) -> list[str]:
     text = (data / "toy.json").read_text().replace('"stage": 1', f'"stage": {stage}')
     config = output.parent / f"toy_{stage}.json"
     config.write_text(text)
-    launcher = [sys.executable, str(RUN)]
+    launcher = [sys.executable, str(toy.RUN)]
     if ranks > 1:
         launcher += ["--n_gpu", str(ranks)]
     flags = ["--max_steps", str(STEPS), "--save_steps", "5", "--eval_steps", "50"]
@@ -57,9 +47,9 @@ def _run_and_kill(command: list[str], output: Path, step: int, delay_s: float) -
     log = output.parent / "killed.log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, env=_environment(), stdout=file, stderr=file, start_new_session=True
+            command, env=toy.environment(), stdout=file, stderr=file, start_new_session=True
         )
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + toy.TIMEOUT_S
     while _last_step(output) < step:
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
@@ -106,7 +96,7 @@ def test_a_run_that_is_killed_over_and_over_ends_as_an_unbroken_one(
     tmp_path: Path,
 ) -> None:
     whole = tmp_path / "whole"
-    done = _run(_command(data, whole, phases[0]))
+    done = toy.run(_command(data, whole, phases[0]))
     assert done.returncode == 0, done.stderr
 
     generator = random.Random(3)
@@ -120,17 +110,17 @@ def test_a_run_that_is_killed_over_and_over_ends_as_an_unbroken_one(
         if truncated is not None:
             assert f"{truncated} is not used: " in log
         truncated = _truncate_newest(broken) if number in (KILLS // 3, KILLS - 2) else None
-    done = _run(_command(data, broken, phases[-1]))
+    done = toy.run(_command(data, broken, phases[-1]))
     assert done.returncode == 0, done.stderr
 
-    wanted, got = _losses(whole), _losses(broken)
+    wanted, got = toy.losses(whole), toy.losses(broken)
     assert list(got) == list(wanted) == list(range(1, STEPS + 1))
     if len(phases) == 1:
         assert got == wanted
     else:
         assert got == pytest.approx(wanted, abs=1e-3)
-    weights = _weights(broken, STEPS)
-    for name, weight in _weights(whole, STEPS).items():
+    weights = toy.weights(broken, STEPS)
+    for name, weight in toy.weights(whole, STEPS).items():
         if len(phases) == 1:
             assert torch.equal(weights[name], weight), name
     leftovers = [path.name for path in broken.iterdir() if path.name.startswith(".")]

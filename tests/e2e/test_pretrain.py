@@ -19,113 +19,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
 from pretrain.order import sample_order
+from tests import toy_runs as toy
 from tests.wandb_server import serve_wandb
 from zerobert.manifest import read_manifest
 from zerobert.schedule import ScheduleConfig, factor
 from zerobert.shards import find_shards, write_shard
 from zerobert.tracking import code_version, read_metrics
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-RUN = REPOSITORY / "pretrain" / "run.py"
-SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-VOCAB = [*SPECIALS, *(f"word{i}" for i in range(60))]
-TIMEOUT_S = 150
-
-EXPERIMENT: dict[str, Any] = {
-    "train_batch_size": 8,
-    "train_micro_batch_size_per_gpu": 2,
-    "gradient_clipping": 1.0,
-    "zero_optimization": {"stage": 1},
-    "optimizer": {"type": "Lamb", "params": {"lr": 0.01}},
-    "bert": {
-        "model": {"size": "tiny", "hidden_size": 32, "num_hidden_layers": 1},
-        "schedule": {"name": "linear", "warmup_steps": 2},
-        "run": {"max_steps": 12, "logging_steps": 1, "save_steps": 4, "eval_steps": 6},
-    },
-}
-
-
-def _rows(num_rows: int, seed: int) -> dict[str, np.ndarray]:
-    """Rows that can be learnt: a masked word is always its neighbour's successor."""
-    generator = np.random.default_rng(seed)
-    length = generator.integers(8, 17, num_rows)
-    index = np.arange(16)
-    first = generator.integers(0, 60, num_rows)
-    ids = 5 + (first[:, None] + index) % 60
-    ids[:, 0], ids[:, 4] = 2, 3
-    ids[np.arange(num_rows), length - 1] = 3
-    real = index < length[:, None]
-    positions = np.tile([2, 5, 0], (num_rows, 1))
-    answers = np.where(positions > 0, np.take_along_axis(ids, positions, axis=1), 0)
-    np.put_along_axis(ids, positions[:, :2], 4, axis=1)
-    return {
-        "input_ids": np.where(real, ids, 0).astype("i4"),
-        "input_mask": real.astype("i1"),
-        "segment_ids": (real & (index > 4)).astype("i1"),
-        "masked_lm_positions": positions.astype("i4"),
-        "masked_lm_ids": answers.astype("i4"),
-        "next_sentence_labels": generator.integers(0, 2, num_rows).astype("i1"),
-    }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of uneven sizes, held-out rows, a vocabulary and an experiment."""
-    folder = tmp_path_factory.mktemp("data")
-    for index, num_rows in enumerate([13, 40, 5]):
-        write_shard(folder / f"toy_training_{index}.hdf5", _rows(num_rows, index))
-    write_shard(folder / "toy_test_0.hdf5", _rows(11, 99))
-    (folder / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
-    (folder / "toy.json").write_text(json.dumps(EXPERIMENT))
-    return folder
-
-
-def _environment(**extra: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1", **extra}
-
-
-def _command(data: Path, output: Path, *flags: str, ranks: int = 0) -> list[str]:
-    """Plain `python`, or DeepSpeed's launcher where ranks are given."""
-    launcher = [sys.executable, str(RUN)]
-    if ranks:
-        runner = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-        launcher = [sys.executable, *runner, "--master_port", str(20000 + os.getpid() % 20000)]
-        launcher.append(str(RUN))
-    config = ["--deepspeed_config", str(data / "toy.json"), "--input_dir", str(data)]
-    return [*launcher, *config, "--output_dir", str(output), *flags]
-
-
-def _run(command: list[str], **extra: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        command, env=_environment(**extra), capture_output=True, text=True, timeout=TIMEOUT_S
-    )
-
-
-def _metrics(output: Path) -> list[dict[str, Any]]:
-    """Of metrics.jsonl the lines that are no events."""
-    lines = (output / "metrics.jsonl").read_text().splitlines()
-    return [line for line in map(json.loads, lines) if "event" not in line]
-
-
-def _losses(output: Path) -> dict[int, float]:
-    return {line["step"]: line["train/loss"] for line in _metrics(output) if "train/loss" in line}
-
-
-def _weights(output: Path, step: int = 12) -> dict[str, torch.Tensor]:
-    return load_file(output / f"model_{step}" / "model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of one process."""
-    output = tmp_path_factory.mktemp("unbroken")
-    done = _run(_command(data, output))
-    assert done.returncode == 0, done.stderr
-    (output / "stdout.txt").write_text(done.stdout)
-    return output
 
 
 def test_a_run_leaves_what_the_interface_promises(unbroken: Path) -> None:
@@ -155,7 +56,7 @@ def test_a_run_leaves_what_the_interface_promises(unbroken: Path) -> None:
 
 
 def test_metrics_have_every_key(unbroken: Path) -> None:
-    train, *_ = [line for line in _metrics(unbroken) if line["step"] == 12]
+    train, *_ = [line for line in toy.metrics(unbroken) if line["step"] == 12]
     assert set(train) == {
         "step",
         "samples",
@@ -179,7 +80,7 @@ def test_metrics_have_every_key(unbroken: Path) -> None:
     assert train["perf/mfu"] is None
     assert 2**27 < train["perf/peak_memory_bytes"] < 2**33
     assert train["train/loss"] == pytest.approx(train["train/mlm_loss"] + train["train/nsp_loss"])
-    last = [line for line in _metrics(unbroken) if "eval/mlm_loss" in line][-1]
+    last = [line for line in toy.metrics(unbroken) if "eval/mlm_loss" in line][-1]
     assert last["step"] == 12
     assert last["eval/rows"] == 11
     assert {"eval/mlm_accuracy", "eval/nsp_accuracy"} <= set(last)
@@ -187,31 +88,31 @@ def test_metrics_have_every_key(unbroken: Path) -> None:
 
 def test_the_resolved_config_runs_again(data: Path, unbroken: Path, tmp_path: Path) -> None:
     flags = ["--deepspeed_config", str(unbroken / "config.json"), "--max_steps", "2"]
-    again = _run(_command(data, tmp_path / "again", *flags))
+    again = toy.run(toy.command(data, tmp_path / "again", *flags))
     assert again.returncode == 0, again.stderr
-    assert _losses(tmp_path / "again")[1] == _losses(unbroken)[1]
+    assert toy.losses(tmp_path / "again")[1] == toy.losses(unbroken)[1]
 
 
 def test_running_a_finished_command_again_changes_nothing(data: Path, unbroken: Path) -> None:
-    before = _metrics(unbroken)
-    again = _run(_command(data, unbroken))
+    before = toy.metrics(unbroken)
+    again = toy.run(toy.command(data, unbroken))
     assert again.returncode == 0, again.stderr
     assert "complete" in again.stdout
-    assert _metrics(unbroken) == before
+    assert toy.metrics(unbroken) == before
     assert json.loads((unbroken / "status.json").read_text())["state"] == "done"
 
 
 def test_two_processes_train_as_one(data: Path, unbroken: Path, tmp_path: Path) -> None:
     """With dropout: the same losses and weights as one process with twice the accumulation."""
-    two = _run(_command(data, tmp_path, ranks=2))
+    two = toy.run(toy.command(data, tmp_path, ranks=2))
     assert two.returncode == 0, two.stderr
-    for step, loss in _losses(unbroken).items():
-        assert _losses(tmp_path)[step] == pytest.approx(loss, abs=2e-6)
-    one, both = _weights(unbroken), _weights(tmp_path)
+    for step, loss in toy.losses(unbroken).items():
+        assert toy.losses(tmp_path)[step] == pytest.approx(loss, abs=2e-6)
+    one, both = toy.weights(unbroken), toy.weights(tmp_path)
     for name, weight in one.items():
         torch.testing.assert_close(both[name], weight, atol=1e-5, rtol=0, msg=name)
     evaluations = [
-        [line for line in _metrics(output) if "eval/mlm_loss" in line][-1]
+        [line for line in toy.metrics(output) if "eval/mlm_loss" in line][-1]
         for output in (unbroken, tmp_path)
     ]
     assert evaluations[0]["eval/rows"] == evaluations[1]["eval/rows"]
@@ -221,7 +122,7 @@ def test_two_processes_train_as_one(data: Path, unbroken: Path, tmp_path: Path) 
 
 
 def _wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + toy.TIMEOUT_S
     while not path.exists():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, f"{path} never came"
@@ -231,8 +132,8 @@ def _wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
 def test_killed_and_run_again_equals_unbroken(data: Path, unbroken: Path, tmp_path: Path) -> None:
     """Bit for bit: weights, losses, and no step logged twice."""
     process = subprocess.Popen(
-        _command(data, tmp_path),
-        env=_environment(),
+        toy.command(data, tmp_path),
+        env=toy.environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -241,7 +142,7 @@ def test_killed_and_run_again_equals_unbroken(data: Path, unbroken: Path, tmp_pa
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "model_12").exists()
-    again = _run(_command(data, tmp_path))
+    again = toy.run(toy.command(data, tmp_path))
     assert again.returncode == 0, again.stderr
     assert "resumed from" in again.stdout
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -251,10 +152,10 @@ def test_killed_and_run_again_equals_unbroken(data: Path, unbroken: Path, tmp_pa
     ]
     page = (tmp_path / "report.html").read_text()
     assert f'<td class="figure">{event["step"]}</td><td>resume</td>' in page
-    assert _losses(tmp_path) == _losses(unbroken)
-    assert len(_metrics(tmp_path)) == len(_metrics(unbroken))
-    for name, weight in _weights(unbroken).items():
-        assert torch.equal(weight, _weights(tmp_path)[name]), name
+    assert toy.losses(tmp_path) == toy.losses(unbroken)
+    assert len(toy.metrics(tmp_path)) == len(toy.metrics(unbroken))
+    for name, weight in toy.weights(unbroken).items():
+        assert torch.equal(weight, toy.weights(tmp_path)[name]), name
 
 
 def test_a_run_by_time_ends_with_its_budget_however_often_it_stops(
@@ -265,23 +166,23 @@ def test_a_run_by_time_ends_with_its_budget_however_often_it_stops(
     schedule = {"by": "time", "warmup_steps": None, "warmup_proportion": 0.25}
     config = _varied(tmp_path, run=run, schedule=schedule)
     out = tmp_path / "out"
-    command = _command(data, out, "--deepspeed_config", str(config))
+    command = toy.command(data, out, "--deepspeed_config", str(config))
     process = subprocess.Popen(
-        command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=toy.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     _wait_for(out / "state_10", process)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=TIMEOUT_S)
+    _, stderr = process.communicate(timeout=toy.TIMEOUT_S)
     assert process.returncode == 143, stderr
     stopped = json.loads((out / "status.json").read_text())
-    again = _run(command)
+    again = toy.run(command)
     assert again.returncode == 0, again.stderr
     assert f"at step {stopped['step']} of 8 s" in again.stdout
     status = json.loads((out / "status.json").read_text())
-    assert (status["state"], status["step"]) == ("done", _metrics(out)[-1]["step"])
+    assert (status["state"], status["step"]) == ("done", toy.metrics(out)[-1]["step"])
     assert (out / f"model_{status['step']}").is_dir()
 
-    lines = [line for line in _metrics(out) if "train/lr" in line]
+    lines = [line for line in toy.metrics(out) if "train/lr" in line]
     assert [line["step"] for line in lines] == list(range(1, status["step"] + 1))
     config_of_rate = ScheduleConfig(by="time", warmup_proportion=0.25)
     for before, line in itertools.pairwise([{"elapsed_s": 0.0}, *lines]):
@@ -292,28 +193,28 @@ def test_a_run_by_time_ends_with_its_budget_however_often_it_stops(
         factors = [factor(config_of_rate, moment, total=budget_s) for moment in moments]
         assert min(factors) <= line["train/lr"] / peak <= max(factors), line
     assert lines[-2]["elapsed_s"] < budget_s <= status["elapsed_s"]
-    evaluations = [line["step"] for line in _metrics(out) if "eval/mlm_loss" in line]
+    evaluations = [line["step"] for line in toy.metrics(out) if "eval/mlm_loss" in line]
     assert evaluations == [status["step"]]
 
-    before_again = _metrics(out)
-    once_more = _run(command)
+    before_again = toy.metrics(out)
+    once_more = toy.run(command)
     assert once_more.returncode == 0, once_more.stderr
     assert "complete" in once_more.stdout
-    assert _metrics(out) == before_again
+    assert toy.metrics(out) == before_again
 
 
 def test_deepspeed_s_scheduler_is_followed(data: Path, tmp_path: Path) -> None:
     params = {"warmup_num_steps": 2, "warmup_type": "linear", "total_num_steps": 5}
-    experiment: dict[str, Any] = {**EXPERIMENT, "bert": {**EXPERIMENT["bert"]}}
+    experiment: dict[str, Any] = {**toy.EXPERIMENT, "bert": {**toy.EXPERIMENT["bert"]}}
     del experiment["bert"]["schedule"]
     experiment["scheduler"] = {"type": "WarmupCosineLR", "params": params}
     path = tmp_path / "scheduled.json"
     path.write_text(json.dumps(experiment))
     flags = ["--deepspeed_config", str(path), "--max_steps", "5"]
-    done = _run(_command(data, tmp_path / "out", *flags))
+    done = toy.run(toy.command(data, tmp_path / "out", *flags))
     assert done.returncode == 0, done.stderr
     assert "learning rate: DeepSpeed's WarmupCosineLR" in done.stdout
-    rates = [line["train/lr"] for line in _metrics(tmp_path / "out") if "train/lr" in line]
+    rates = [line["train/lr"] for line in toy.metrics(tmp_path / "out") if "train/lr" in line]
     third = 1e-4 + (1 - 1e-4) * (1 + math.cos(math.pi / 3)) / 2
     two_thirds = 1e-4 + (1 - 1e-4) * (1 + math.cos(math.pi * 2 / 3)) / 2
     assert rates[:2] == [0.0, 0.0]
@@ -324,21 +225,21 @@ def test_a_run_goes_back_and_behind_the_samples_that_it_went_wrong_on(tmp_path: 
     """The rows of the ninth step have answers that no other row has: its loss jumps."""
     data, guard = tmp_path / "data", {"action": "rollback", "spike_factor": 1.03, "spike_window": 5}
     data.mkdir()
-    (data / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
-    guarded = {**EXPERIMENT, "bert": {**EXPERIMENT["bert"], "guard": guard}}
+    (data / "vocab.txt").write_text("\n".join(toy.VOCAB) + "\n")
+    guarded = {**toy.EXPERIMENT, "bert": {**toy.EXPERIMENT["bert"], "guard": guard}}
     (data / "toy.json").write_text(json.dumps(guarded))
     for index in range(2):
-        write_shard(data / f"toy_training_{index}.hdf5", _rows(100, index))
+        write_shard(data / f"toy_training_{index}.hdf5", toy.rows(100, index))
     shards = find_shards([data], "training")
     poisoned = sample_order(shards, seed=42, global_samples=8).locate(64, 8)
     for index, shard in enumerate(shards):
-        rows = _rows(100, index)
+        rows = toy.rows(100, index)
         of_shard = poisoned[poisoned // 100 == index] % 100
         rows["masked_lm_ids"][of_shard] = np.where(rows["masked_lm_positions"][of_shard] > 0, 1, 0)
         write_shard(shard.path, rows)
 
     out = tmp_path / "out"
-    done = _run(_command(data, out))
+    done = toy.run(toy.command(data, out))
     assert done.returncode == 0, done.stderr
     assert "rolled back from step 9 to step 8: the loss at step 9, " in done.stdout
     (note,) = json.loads((out / "skipped.json").read_text())
@@ -352,19 +253,19 @@ def test_a_run_goes_back_and_behind_the_samples_that_it_went_wrong_on(tmp_path: 
     assert (out / "report.html").exists()
 
     # A later start from there leaves the same samples out.
-    weights = _weights(out)
+    weights = toy.weights(out)
     for name in ("state_12", "model_12"):
         shutil.rmtree(out / name)
-    again = _run(_command(data, out))
+    again = toy.run(toy.command(data, out))
     assert again.returncode == 0, again.stderr
     assert "resumed from" in again.stdout
     assert "rolled back" not in again.stdout
-    for name, weight in _weights(out).items():
+    for name, weight in toy.weights(out).items():
         assert torch.equal(weight, weights[name]), name
 
 
 def test_resuming_under_other_settings_is_refused(data: Path, unbroken: Path) -> None:
-    done = _run(_command(data, unbroken, "--learning_rate", "0.5"))
+    done = toy.run(toy.command(data, unbroken, "--learning_rate", "0.5"))
     assert done.returncode == 2
     assert "optimizer.params.lr was 0.01, is 0.5" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
@@ -383,8 +284,8 @@ def long_run(data: Path, tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
     flags = [f"--deepspeed_config={data / 'toy.json'}", "--input_dir", str(data)]
     flags += ["--output_dir", str(output), "--max_steps", "100000", "--logging_steps", "1000"]
     process = subprocess.Popen(
-        ["bash", str(REPOSITORY / "launch.sh"), "pretrain", "--n_gpu", "2", *flags],
-        env=_environment(ZEROBERT_PYTHON=sys.executable),
+        ["bash", str(toy.REPOSITORY / "launch.sh"), "pretrain", "--n_gpu", "2", *flags],
+        env=toy.environment(ZEROBERT_PYTHON=sys.executable),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -399,11 +300,11 @@ def long_run(data: Path, tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
 def test_a_signal_saves_and_leaves_nothing_behind(
     long_run: "subprocess.Popen[str]", data: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    second = _run(_command(data, tmp_path / "long"))
+    second = toy.run(toy.command(data, tmp_path / "long"))
     assert second.returncode == 2
     assert "another run is writing into" in second.stderr
     long_run.send_signal(number)
-    _, stderr = long_run.communicate(timeout=TIMEOUT_S)
+    _, stderr = long_run.communicate(timeout=toy.TIMEOUT_S)
     assert long_run.returncode == code, stderr
     output = tmp_path / "long"
     assert _processes_with(str(output)) == []
@@ -436,18 +337,18 @@ def test_bad_input_is_one_line(data: Path, tmp_path: Path, case: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "gpt2"}')
-    (tmp_path / "misspelt").write_text(json.dumps({**EXPERIMENT, "grad_cliping": 1.0}))
+    (tmp_path / "misspelt").write_text(json.dumps({**toy.EXPERIMENT, "grad_cliping": 1.0}))
     nvme = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}
-    (tmp_path / "nvme").write_text(json.dumps({**EXPERIMENT, **nvme}))
-    (tmp_path / "other").write_text("\n".join([*VOCAB, "more"]) + "\n")
+    (tmp_path / "nvme").write_text(json.dumps({**toy.EXPERIMENT, **nvme}))
+    (tmp_path / "other").write_text("\n".join([*toy.VOCAB, "more"]) + "\n")
     flags, words = BREAKS[case]
     names = {name: str(tmp_path / name) for name in ("empty", "model", "misspelt", "nvme", "other")}
     flags = [flag.format(**names) for flag in flags]
-    command = [sys.executable, str(RUN), "--output_dir", str(tmp_path / "out")]
+    command = [sys.executable, str(toy.RUN), "--output_dir", str(tmp_path / "out")]
     command += ["--deepspeed_config", str(data / "toy.json")]
     if "--input_dir" not in flags:
         command += ["--input_dir", str(data)]
-    done = _run([*command, *flags])
+    done = toy.run([*command, *flags])
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: ")
@@ -458,10 +359,10 @@ def test_bad_input_is_one_line(data: Path, tmp_path: Path, case: str) -> None:
 def test_a_damaged_shard_is_named(data: Path, tmp_path: Path) -> None:
     for path in data.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    rows = _rows(13, 0)
+    rows = toy.rows(13, 0)
     rows["input_ids"][3, 3] = 4000
     write_shard(tmp_path / "toy_training_0.hdf5", rows)
-    done = _run(_command(tmp_path, tmp_path / "out"))
+    done = toy.run(toy.command(tmp_path, tmp_path / "out"))
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.strip().splitlines()
     assert "toy_training_0.hdf5" in line
@@ -471,15 +372,15 @@ def test_a_damaged_shard_is_named(data: Path, tmp_path: Path) -> None:
 
 
 def test_bert_base_starts_and_says_what_makes_shards(tmp_path: Path) -> None:
-    config = REPOSITORY / "ds_configs" / "bert_base.json"
-    command = ["-m", "deepspeed.launcher.runner", str(RUN), "--deepspeed_config", str(config)]
+    config = toy.REPOSITORY / "ds_configs" / "bert_base.json"
+    command = ["-m", "deepspeed.launcher.runner", str(toy.RUN), "--deepspeed_config", str(config)]
     done = subprocess.run(
         [sys.executable, *command],
         cwd=tmp_path,
-        env=_environment(),
+        env=toy.environment(),
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=toy.TIMEOUT_S,
     )
     assert done.returncode == 2
     assert "no training shards" in done.stderr
@@ -488,11 +389,11 @@ def test_bert_base_starts_and_says_what_makes_shards(tmp_path: Path) -> None:
 
 def _varied(folder: Path, **sections: dict[str, Any]) -> Path:
     """The experiment with sections of `bert` changed, as a JSON of its own."""
-    bert = {**EXPERIMENT["bert"]}
+    bert = {**toy.EXPERIMENT["bert"]}
     for name, changes in sections.items():
         bert[name] = {**bert.get(name, {}), **changes}
     path = folder / "varied.json"
-    path.write_text(json.dumps({**EXPERIMENT, "bert": bert}))
+    path.write_text(json.dumps({**toy.EXPERIMENT, "bert": bert}))
     return path
 
 
@@ -504,11 +405,11 @@ def test_masked_words_alone_with_every_kernel(data: Path, tmp_path: Path) -> Non
         "packing": False,
     }
     path = _varied(tmp_path, data={"nsp": False}, kernels=kernels, run={"max_steps": 4})
-    command = _command(data, tmp_path / "out", "--deepspeed_config", str(path))
-    done = _run(command)
+    command = toy.command(data, tmp_path / "out", "--deepspeed_config", str(path))
+    done = toy.run(command)
     assert done.returncode == 0, done.stderr
     assert "asked for in the configuration" in done.stdout
-    metrics = [line for line in _metrics(tmp_path / "out") if "train/mlm_loss" in line]
+    metrics = [line for line in toy.metrics(tmp_path / "out") if "train/mlm_loss" in line]
     assert all(line["train/nsp_loss"] is None for line in metrics)
     assert "nsp_accuracy" not in done.stdout
     card = (tmp_path / "out" / "model_4" / "README.md").read_text()
@@ -528,18 +429,20 @@ def test_fresh_masks_are_the_same_for_any_ranks_and_the_runs_own(
     outputs = []
     for ranks in (0, 2):
         outputs.append(tmp_path / f"ranks{ranks}")
-        done = _run(_command(data, outputs[-1], "--deepspeed_config", str(path), ranks=ranks))
+        done = toy.run(toy.command(data, outputs[-1], "--deepspeed_config", str(path), ranks=ranks))
         assert done.returncode == 0, done.stderr
-    one, two = map(_losses, outputs)
+    one, two = map(toy.losses, outputs)
     assert two == pytest.approx(one, abs=2e-6)
     _varied(tmp_path, data={**fresh, "masked_lm_prob": 0.3})
-    refused = _run(_command(data, outputs[0], "--deepspeed_config", str(path)))
+    refused = toy.run(toy.command(data, outputs[0], "--deepspeed_config", str(path)))
     assert refused.returncode == 2
     assert "data.masked_lm_prob was 0.5, is 0.3" in refused.stderr
     plans = []
     for prob in (0.5, 0.9):
         _varied(tmp_path, data={**fresh, "masked_lm_prob": prob})
-        plan = _run(_command(data, tmp_path / "dry", "--deepspeed_config", str(path), "--dry_run"))
+        plan = toy.run(
+            toy.command(data, tmp_path / "dry", "--deepspeed_config", str(path), "--dry_run")
+        )
         plans.append(float(re.search(r"FLOPs a step: (.*)", plan.stdout)[1]))  # type: ignore[index]
     assert plans[1] > plans[0]
 
@@ -569,24 +472,24 @@ def test_other_stages_train_alike_and_go_on(
     settings: dict[str, Any], data: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "toy.json"
-    path.write_text(json.dumps({**EXPERIMENT, **settings}))
-    command = _command(
+    path.write_text(json.dumps({**toy.EXPERIMENT, **settings}))
+    command = toy.command(
         data, tmp_path / "out", "--deepspeed_config", str(path), "--save_steps", "6", ranks=2
     )
-    done = _run(command)
+    done = toy.run(command)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
     tolerance = 0.02 if "bf16" in settings else 5e-6
-    for step, loss in _losses(unbroken).items():
-        assert _losses(out)[step] == pytest.approx(loss, abs=tolerance)
-    weights, losses = _weights(out), _losses(out)
+    for step, loss in toy.losses(unbroken).items():
+        assert toy.losses(out)[step] == pytest.approx(loss, abs=tolerance)
+    weights, losses = toy.weights(out), toy.losses(out)
     shutil.rmtree(out / "state_12")
     shutil.rmtree(out / "model_12")
-    again = _run(command)
+    again = toy.run(command)
     assert again.returncode == 0, again.stderr
     assert "resumed from" in again.stdout
-    assert _losses(out) == losses
-    for name, weight in _weights(out).items():
+    assert toy.losses(out) == losses
+    for name, weight in toy.weights(out).items():
         assert torch.equal(weight, weights[name]), name
 
 
@@ -595,32 +498,32 @@ def test_a_pre_norm_model_trains_goes_on_and_is_not_taken_for_a_stock_bert(
 ) -> None:
     path = _varied(tmp_path, model={"layer_norm_position": "pre"}, run={"max_steps": 4})
     out = tmp_path / "out"
-    done = _run(_command(data, out, "--deepspeed_config", str(path)))
+    done = toy.run(toy.command(data, out, "--deepspeed_config", str(path)))
     assert done.returncode == 0, done.stderr
     with pytest.raises(ValueError, match="zerobert-pre-layer-norm"):
         transformers.AutoModel.from_pretrained(out / "model_4")
-    more = _command(data, tmp_path / "more", "--deepspeed_config", str(path))
-    done = _run([*more, "--init_from", str(out / "model_4")])
+    more = toy.command(data, tmp_path / "more", "--deepspeed_config", str(path))
+    done = toy.run([*more, "--init_from", str(out / "model_4")])
     assert done.returncode == 0, done.stderr
 
 
 def test_auto_micro_batch_keeps_the_global_batch_and_itself(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = _run(_command(data, out, "--auto_micro_batch", "--max_steps", "4"))
+    done = toy.run(toy.command(data, out, "--auto_micro_batch", "--max_steps", "4"))
     assert done.returncode == 0, done.stderr
     assert "batch: 8 sequences = 8 x 1 micro-steps x 1 processes" in done.stdout
     assert json.loads((out / "config.json").read_text())["train_micro_batch_size_per_gpu"] == 8
-    again = _run(_command(data, out, "--auto_micro_batch", "--max_steps", "4"))
+    again = toy.run(toy.command(data, out, "--auto_micro_batch", "--max_steps", "4"))
     assert again.returncode == 0, again.stderr
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(data: Path, tmp_path: Path) -> None:
-    done = _run(_command(data, tmp_path / "out", "--dry_run"))
+    done = toy.run(toy.command(data, tmp_path / "out", "--dry_run"))
     assert done.returncode == 0, done.stderr
     assert "parameters: " in done.stdout
     assert "FLOPs a step: " in done.stdout
     resolved = json.loads(done.stdout[: done.stdout.rindex("\n}") + 2])
-    assert resolved["bert"]["model"]["vocab_size"] == len(VOCAB)
+    assert resolved["bert"]["model"]["vocab_size"] == len(toy.VOCAB)
     assert not (tmp_path / "out").exists()
 
 
@@ -630,11 +533,11 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half(
 ) -> None:
     """A limit on the size of a file stands for the full disk: both fail in write()."""
     done = subprocess.run(
-        _command(data, tmp_path / "out"),
-        env=_environment(),
+        toy.command(data, tmp_path / "out"),
+        env=toy.environment(),
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=toy.TIMEOUT_S,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes)),
     )
     assert done.returncode == 2, done.stderr
@@ -643,21 +546,26 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half(
     assert "free space" in line
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert not [name for name in names if name.startswith((".", "state_", "latest"))]
-    again = _run(_command(data, tmp_path / "out"))
+    again = toy.run(toy.command(data, tmp_path / "out"))
     assert again.returncode == 0, again.stderr
 
 
 def test_ctrl_c_before_training_starts(data: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
-        ["bash", str(REPOSITORY / "launch.sh"), "pretrain", *_command(data, tmp_path / "out")[2:]],
-        env=_environment(ZEROBERT_PYTHON=sys.executable),
+        [
+            "bash",
+            str(toy.REPOSITORY / "launch.sh"),
+            "pretrain",
+            *toy.command(data, tmp_path / "out")[2:],
+        ],
+        env=toy.environment(ZEROBERT_PYTHON=sys.executable),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     time.sleep(2)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=TIMEOUT_S)
+    _, stderr = process.communicate(timeout=toy.TIMEOUT_S)
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
     assert _processes_with(str(tmp_path / "out")) == []
@@ -666,7 +574,7 @@ def test_ctrl_c_before_training_starts(data: Path, tmp_path: Path) -> None:
 def test_wandb_offline_needs_no_account_and_keeps_its_id(data: Path, tmp_path: Path) -> None:
     key = "f" * 40
     flags = ["--tracker", "wandb", "--max_steps", "4"]
-    done = _run(_command(data, tmp_path, *flags), WANDB_MODE="offline", WANDB_API_KEY=key)
+    done = toy.run(toy.command(data, tmp_path, *flags), WANDB_MODE="offline", WANDB_API_KEY=key)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.glob("wandb/offline-run-*"))
     assert key not in done.stdout + done.stderr
@@ -678,8 +586,8 @@ def test_wandb_online_learns_what_the_run_is_made_of(data: Path, tmp_path: Path)
     """Against a stand-in for its server."""
     with serve_wandb() as server:
         environment = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "f" * 40}
-        done = _run(
-            _command(data, tmp_path, "--tracker", "wandb", "--max_steps", "4"), **environment
+        done = toy.run(
+            toy.command(data, tmp_path, "--tracker", "wandb", "--max_steps", "4"), **environment
         )
     assert done.returncode == 0, done.stderr
     [(run_id, config)] = server.configs.items()
@@ -688,16 +596,20 @@ def test_wandb_online_learns_what_the_run_is_made_of(data: Path, tmp_path: Path)
     assert config["bert"]["model"]["hidden_size"] == 32
     assert config["processes"] == 1
     assert config["code"] == code_version()
-    assert config["parameters"] == sum(tensor.numel() for tensor in _weights(tmp_path, 4).values())
+    assert config["parameters"] == sum(
+        tensor.numel() for tensor in toy.weights(tmp_path, 4).values()
+    )
     assert (config["data"]["rows"], config["data"]["shards"]) == (58, 3)
     assert "vocab.txt" in config["data"]["inputs"]
     rows = [row for row in server.history[run_id] if "train/loss" in row]
-    assert {row["step"]: row["train/loss"] for row in rows} == _losses(tmp_path)
+    assert {row["step"]: row["train/loss"] for row in rows} == toy.losses(tmp_path)
 
 
 def test_torchrun_starts_it_too(data: Path, unbroken: Path, tmp_path: Path) -> None:
     port = str(20000 + os.getpid() % 20000)
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    done = _run([sys.executable, *torchrun, *_command(data, tmp_path, "--save_steps", "100")[1:]])
+    done = toy.run(
+        [sys.executable, *torchrun, *toy.command(data, tmp_path, "--save_steps", "100")[1:]]
+    )
     assert done.returncode == 0, done.stderr
-    assert _losses(tmp_path)[12] == pytest.approx(_losses(unbroken)[12], abs=2e-6)
+    assert toy.losses(tmp_path)[12] == pytest.approx(toy.losses(unbroken)[12], abs=2e-6)

@@ -12,19 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.e2e.test_pretrain import (
-    EXPERIMENT,
-    REPOSITORY,
-    RUN,
-    TIMEOUT_S,
-    _environment,
-    _losses,
-    _weights,
-    data,
-    unbroken,
-)
-
-__all__ = ["data", "unbroken"]  # fixtures
+from tests import toy_runs as toy
 
 CUT_TIMEOUT_S = 30
 SETTLING_S = 20
@@ -65,7 +53,7 @@ class Hosts:
         self, number: int, command: list[str], log: Path, **extra: str
     ) -> "subprocess.Popen[str]":
         """A process on a host."""
-        environment = _environment(GLOO_SOCKET_IFNAME=self.cables[number], **extra)
+        environment = toy.environment(GLOO_SOCKET_IFNAME=self.cables[number], **extra)
         with log.open("w") as file:
             return subprocess.Popen(
                 ["ip", "netns", "exec", self.names[number], *command],
@@ -104,7 +92,7 @@ def hosts() -> Iterator[Hosts]:
 
 def _command(folder: Path, data: Path, steps: int, seconds_a_step: float = 0.0) -> list[str]:
     """A run's command; with a delay where it is to be long enough to be met by an accident."""
-    config = {**EXPERIMENT, "bert": {**EXPERIMENT["bert"]}}
+    config = {**toy.EXPERIMENT, "bert": {**toy.EXPERIMENT["bert"]}}
     config["bert"]["run"] = {
         "max_steps": steps,
         "logging_steps": 1,
@@ -115,17 +103,17 @@ def _command(folder: Path, data: Path, steps: int, seconds_a_step: float = 0.0) 
     path = folder / "toy.json"
     path.write_text(json.dumps(config))
     flags = ["--deepspeed_config", str(path), "--input_dir", str(data)]
-    script = [str(RUN)]
+    script = [str(toy.RUN)]
     if seconds_a_step:
         slow = folder / "slow.py"
         slow.write_text(
             "import runpy, sys, time\n"
-            f"sys.path.insert(0, {str(RUN.parents[1])!r})\n"
+            f"sys.path.insert(0, {str(toy.RUN.parents[1])!r})\n"
             "from pretrain import loop\n"
             "share = loop.share\n"
             f"loop.share = lambda *parts: (time.sleep({seconds_a_step}), share(*parts))[1]\n"
-            f"sys.argv[0] = {str(RUN)!r}\n"
-            f"runpy.run_path({str(RUN)!r}, run_name='__main__')\n"
+            f"sys.argv[0] = {str(toy.RUN)!r}\n"
+            f"runpy.run_path({str(toy.RUN)!r}, run_name='__main__')\n"
         )
         script = [str(slow)]
     return [sys.executable, *script, *flags, "--output_dir", str(folder / "out")]
@@ -145,11 +133,11 @@ def test_two_hosts_train_as_one_process(
     logs = [tmp_path / f"{number}.log" for number in range(2)]
     command = _command(tmp_path, data, 12)
     ranks = [hosts.start_rank(number, command, logs[number]) for number in range(2)]
-    codes = [_ends(rank, log, TIMEOUT_S) for rank, log in zip(ranks, logs, strict=True)]
+    codes = [_ends(rank, log, toy.TIMEOUT_S) for rank, log in zip(ranks, logs, strict=True)]
     assert codes == [0, 0], logs[0].read_text() + logs[1].read_text()
     assert "connection: 2 processes on " in logs[0].read_text()
-    for step, loss in _losses(unbroken).items():
-        assert _losses(tmp_path / "out")[step] == pytest.approx(loss, abs=2e-6)
+    for step, loss in toy.losses(unbroken).items():
+        assert toy.losses(tmp_path / "out")[step] == pytest.approx(loss, abs=2e-6)
 
 
 @pytest.mark.slow
@@ -162,7 +150,7 @@ def test_a_hostfile_starts_both_hosts_and_a_signal_to_one_stops_both(
     _, run, *flags = _command(tmp_path, data, 400, seconds_a_step=0.2)
     slow_launcher = tmp_path / "launcher.py"
     slow_launcher.write_text(
-        f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
+        f"import sys\nsys.path.insert(0, {str(toy.REPOSITORY)!r})\n"
         "from pathlib import Path\nfrom pretrain import launcher\n"
         f"launcher._SCRIPT = Path({run!r})\nsys.exit(launcher.main())\n"
     )
@@ -172,13 +160,13 @@ def test_a_hostfile_starts_both_hosts_and_a_signal_to_one_stops_both(
         machines = ["--hostfile", str(hostfile), *rendezvous, "--node_rank", str(number)]
         command = [sys.executable, str(slow_launcher), *machines, *flags]
         launchers.append(hosts.start(number, command, log))
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + toy.TIMEOUT_S
     while not (tmp_path / "out" / "state_4").exists():
         assert all(each.poll() is None for each in launchers), logs[0].read_text()
         assert time.monotonic() < deadline, logs[0].read_text()
         time.sleep(0.1)
     launchers[1].terminate()
-    codes = [_ends(each, log, TIMEOUT_S) for each, log in zip(launchers, logs, strict=True)]
+    codes = [_ends(each, log, toy.TIMEOUT_S) for each, log in zip(launchers, logs, strict=True)]
     assert codes == [143, 143], logs[0].read_text() + logs[1].read_text()
     status = json.loads((tmp_path / "out" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("preempted", 143)
@@ -198,10 +186,10 @@ def test_a_cut_cable_ends_all_ranks_and_the_run_goes_on(
         return [hosts.start_rank(number, command, logs[number]) for number in range(2)]
 
     for rank, log in zip(start(whole, 0.0), logs, strict=True):
-        assert _ends(rank, log, TIMEOUT_S) == 0, log.read_text()
+        assert _ends(rank, log, toy.TIMEOUT_S) == 0, log.read_text()
 
     ranks = start(tmp_path, 0.5)
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + toy.TIMEOUT_S
     while not (tmp_path / "out" / "state_8").exists():
         assert all(rank.poll() is None for rank in ranks), logs[0].read_text()
         assert time.monotonic() < deadline
@@ -218,8 +206,8 @@ def test_a_cut_cable_ends_all_ranks_and_the_run_goes_on(
 
     hosts.mend()
     for rank, log in zip(start(tmp_path, 0.0), logs, strict=True):
-        assert _ends(rank, log, TIMEOUT_S) == 0, log.read_text()
+        assert _ends(rank, log, toy.TIMEOUT_S) == 0, log.read_text()
     assert "resumed from" in logs[0].read_text()
-    assert _losses(tmp_path / "out") == _losses(whole / "out")
-    for name, weight in _weights(whole / "out", 24).items():
-        assert torch.equal(weight, _weights(tmp_path / "out", 24)[name]), name
+    assert toy.losses(tmp_path / "out") == toy.losses(whole / "out")
+    for name, weight in toy.weights(whole / "out", 24).items():
+        assert torch.equal(weight, toy.weights(tmp_path / "out", 24)[name]), name
