@@ -1,6 +1,7 @@
 """LAMB with exact per-parameter trust ratios under ZeRO, AdamW, and parameter groups."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -254,16 +255,26 @@ def optimizer_config(section: Mapping[str, Any], where: str) -> OptimizerConfig:
     if strange := sorted(set(section) - {"type", "params"}):
         raise ConfigError(f"{where}: unknown key {strange[0]!r}; known keys: params, type")
     params = from_dict(kinds[kind.lower()], section.get("params", {}), f"{where}.params")
-    if len(params.betas) != 2 or not all(0 <= beta < 1 for beta in params.betas):
-        raise ConfigError(f"{where}.params.betas: wanted two numbers from 0 to below 1")
-    if params.lr < 0 or params.eps < 0 or params.weight_decay < 0:
-        raise ConfigError(f"{where}.params: lr, eps and weight_decay must not be negative")
-    if params.max_grad_norm is not None and params.max_grad_norm < 0:
-        raise ConfigError(f"{where}.params: max_grad_norm must not be negative")
-    for name in ("adam_w_mode", "bias_correction"):
-        if isinstance(params, AdamWParams) and not getattr(params, name):
-            raise ConfigError(f"{where}.params.{name}: false is not served; remove it")
+    _check_ranges(params, f"{where}.params")
     return OptimizerConfig(type="Lamb" if kind.lower() == "lamb" else "AdamW", params=params)
+
+
+def _check_ranges(params: LambParams | AdamWParams, where: str) -> None:
+    if len(params.betas) != 2 or not all(0 <= beta < 1 for beta in params.betas):
+        raise ConfigError(f"{where}.betas: wanted two numbers from 0 to below 1")
+    for name in ("lr", "eps", "weight_decay", "max_grad_norm", "min_coeff", "max_coeff"):
+        value = getattr(params, name, None)
+        if value is not None and not 0 <= value < math.inf:  # JSON readers know NaN and Infinity
+            raise ConfigError(f"{where}.{name}: wanted a number from 0 on, got {value}")
+    if isinstance(params, AdamWParams):
+        for name in ("adam_w_mode", "bias_correction"):
+            if not getattr(params, name):
+                raise ConfigError(f"{where}.{name}: false is not served; remove it")
+    elif params.max_coeff is not None and params.max_coeff <= (params.min_coeff or 0.0):
+        raise ConfigError(
+            f"{where}.max_coeff: wanted above {params.min_coeff or 0.0:g}, which is the least "
+            f"ratio, got {params.max_coeff:g}"
+        )
 
 
 def build_optimizer(

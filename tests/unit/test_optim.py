@@ -1,5 +1,7 @@
 """LAMB against a float64 reference on whole tensors, parameter groups, the optimizer section."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -59,8 +61,15 @@ def test_biases_and_layer_norms_are_not_decayed() -> None:
         ({"type": "AdamW", "params": {"use_nvlamb": True}}, "unknown key 'use_nvlamb'"),
         ({"type": "Lamb", "params": {"lr": "fast"}}, "wanted float, got 'fast'"),
         ({"type": "Lamb", "params": {"betas": [0.9]}}, "two numbers"),
-        ({"type": "Lamb", "params": {"lr": -1}}, "must not be negative"),
-        ({"type": "Lamb", "params": {"max_grad_norm": -1}}, "must not be negative"),
+        ({"type": "Lamb", "params": {"lr": -1}}, r"params\.lr: wanted a number from 0 on, got -1"),
+        (
+            {"type": "Lamb", "params": {"max_grad_norm": -1}},
+            "max_grad_norm: wanted a number from 0",
+        ),
+        ({"type": "AdamW", "params": {"lr": math.nan}}, "lr: wanted a number from 0 on, got nan"),
+        ({"type": "AdamW", "params": {"eps": math.inf}}, "eps: wanted a number from 0 on, got inf"),
+        ({"type": "Lamb", "params": {"max_coeff": 0}}, "max_coeff: wanted above 0, which is"),
+        ({"type": "Lamb", "params": {"min_coeff": 2, "max_coeff": 1}}, "max_coeff: wanted above 2"),
         ({"type": "Adam", "params": {"adam_w_mode": False}}, "adam_w_mode: false is not served"),
         ({"type": "AdamW", "params": {"bias_correction": False}}, "bias_correction: false"),
     ],

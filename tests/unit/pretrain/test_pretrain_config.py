@@ -349,7 +349,7 @@ def test_a_misspelt_key_of_the_model_is_named(tmp_path: Path) -> None:
         (["--logging_steps", "0"], "logging_steps: wanted at least 1, got 0"),
         (["--seed", "-1"], "seed: wanted at least 0, got -1"),
         (["--warmup_steps", "-5"], "warmup_steps: wanted at least 0, got -5"),
-        (["--learning_rate", "-1"], "must not be negative"),
+        (["--learning_rate", "-1"], "lr: wanted a number from 0 on, got -1"),
         (["--max_train_s", "nan"], "max_train_s: wanted above 0, got nan"),
         (["--schedule_by", "time"], "warmup_steps: this schedule goes by time"),
     ],
