@@ -1,11 +1,12 @@
 """DeepSpeed behind one small class: what it gets wrong silently is refused here by name, what it
 names differently at each stage and precision has one name here.
 
-What was run so far: gloo on CPU, fp32 and bf16. CUDA, nccl and fp16 are written after DeepSpeed's
-source and have not run on a device yet.
+What was run so far: gloo on CPU, in fp32, bf16 and fp16, which a CPU computes slowly. CUDA and nccl
+are written after DeepSpeed's source and have not run on a device yet.
 """
 
 import dataclasses
+import math
 import os
 import socket
 import time
@@ -241,7 +242,8 @@ def _check_types(ds_config: Mapping[str, Any]) -> None:
         if name in ds_config:
             raise ConfigError(f"{name}: this section is not served and would do nothing; remove it")
     clipping = ds_config.get("gradient_clipping", 0.0)
-    if isinstance(clipping, bool) or not isinstance(clipping, int | float) or clipping < 0:
+    is_number = isinstance(clipping, int | float) and not isinstance(clipping, bool)
+    if not is_number or not 0 <= clipping < math.inf:
         raise ConfigError(f"gradient_clipping: wanted a number from 0 on, got {clipping!r}")
     for name in _SECTIONS:
         section = ds_config.get(name, {})

@@ -155,6 +155,7 @@ def test_a_section_of_the_wrong_kind_is_named(config: dict[str, Any], words: str
         ({"gradient_clipping": "auto"}, 'gradient_clipping is "auto"'),
         ({"fp16": {"enabled": "auto"}}, 'fp16.enabled is "auto"'),
         ({"gradient_clipping": -1}, "gradient_clipping: wanted a number from 0 on"),
+        ({"gradient_clipping": float("nan")}, "gradient_clipping: wanted a number from 0 on"),
         (
             {"activation_checkpointing": {}},
             "activation_checkpointing: DeepSpeed's section would do nothing here",
