@@ -161,7 +161,7 @@ main() {
     case $command in
         demo) exec "$python" "$root/demo/__main__.py" "$@" ;;
         prep) exec "$python" "$root/data_prep/__main__.py" "$@" ;;
-        pretrain) exec "$python" "$root/pretrain/launcher.py" "$@" ;;
+        pretrain) exec "$python" "$root/zerobert/launcher.py" "$root/pretrain/run.py" "$@" ;;
         finetune) exec "$python" "$root/finetune/run_glue.py" "$@" ;;
         report) exec "$python" "$root/pretrain/report.py" "$@" ;;
         doctor) exec "$python" "$root/zerobert/doctor.py" "$@" ;;

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy.typing as npt
 
 from finetune.tables import read_rows
 from finetune.tasks import Split, Task, plain
-from zerobert.errors import ConfigError, DataError, MissingDependencyError
+from zerobert.errors import ConfigError, DataError, MissingDependencyError, print_aside
 from zerobert.manifest import sha256_file
 
 HUB_DATASET = "nyu-mll/glue"
@@ -103,10 +102,9 @@ def load_split(task: Task, split: Split, folder: Path | None) -> Examples:
     if not len(examples):
         raise DataError(f"{examples.source}: no rows; the file is empty or was cut off")
     if split.num_rows is not None and len(examples) != split.num_rows:
-        print(
+        print_aside(
             f"warning: {examples.source}: wanted {task.name}'s official {split.num_rows} rows, got "
-            f"{len(examples)}; scores can't be compared with published ones",
-            file=sys.stderr,
+            f"{len(examples)}; scores can't be compared with published ones"
         )
     return examples
 
@@ -213,7 +211,7 @@ def _from_hub(task: Task, split: Split) -> Examples:
             f"no data for {task.name}: {where}; or, with network: pip install datasets"
         ) from error
     name = f"{HUB_DATASET} {task.hub_config}/{split.hub}"
-    print(f"no files of {task.name} here: asking the Hugging Face hub for {name}", file=sys.stderr)
+    print_aside(f"no files of {task.name} here: asking the Hugging Face hub for {name}")
     try:
         table = datasets.load_dataset(HUB_DATASET, task.hub_config, split=split.hub)
     except OSError as error:  # no network and nothing cached: datasets' own errors are OSErrors

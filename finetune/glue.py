@@ -1,6 +1,7 @@
 """Several tasks side by side: which there is data for, and their results beside published ones."""
 
 import importlib.util
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,15 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
 
 
-def write_results(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
+def is_unfinished(path: Path) -> bool:
+    """Whether a `glue.json` is of a run that did not come to its end."""
+    try:
+        return not json.loads(path.read_text(encoding="utf-8"))["is_finished"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def write_results(path: Path, results: Sequence[Mapping[str, Any]], *, is_finished: bool) -> None:
     """Write every task's result and their average, as far as the run has come.
 
     Raises:
@@ -71,6 +80,7 @@ def write_results(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
         {
             "average": sum(scored) / len(scored) if scored else None,
             "num_scored_tasks": len(scored),
+            "is_finished": is_finished,
             "tasks": {result["task"]: dict(result) for result in results},
         },
     )

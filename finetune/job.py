@@ -1,24 +1,33 @@
 """One task, from its files and a pretrained model to a fine-tuned model with its score."""
 
 import dataclasses
+import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from safetensors.torch import load_file, save_file
 
 from finetune import data, loop, metrics, output
 from finetune.data import Labels
 from finetune.tasks import Split, Task
-from zerobert import checkpoint, manifest
+from zerobert import checkpoint, distributed, manifest, training_state
 from zerobert.checkpoint import ModelFolder
+from zerobert.ds_config import check_same_run, flatten
+from zerobert.engine import Engine
 from zerobert.errors import ConfigError
 from zerobert.model import BertForSequenceClassification, num_parameters
+from zerobert.signals import StopRequest
 from zerobert.tokenizer import WordPieceTokenizer
+from zerobert.training_state import StateReader
 
 _SEQ_LENGTH = 128
+_BEST_NAME = "best.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,11 +38,11 @@ class Job:
     folder: ModelFolder
     tokenizer: WordPieceTokenizer
     random_init: bool
-    device: torch.device
     train: loop.Encoded | None
     dev: tuple[loop.Encoded, ...]
     test: tuple[loop.Encoded, ...]
     versions: dict[str, str]
+    max_seq_length: int
 
 
 def prepare(
@@ -44,7 +53,6 @@ def prepare(
     data_dir: Path | None,
     max_seq_length: int | None,
     do_predict: bool,
-    device: torch.device,
 ) -> Job:
     """Open the model and read the data; every fault of the input shows here, before any training.
 
@@ -80,11 +88,11 @@ def prepare(
         folder=folder,
         tokenizer=tokenizer,
         random_init=random_init and task.train is not None,
-        device=device,
         train=read(task.train) if task.train else None,
         dev=tuple(read(split) for split in task.dev),
         test=tuple(read(split) for split in task.test) if needs_test else (),
         versions=versions,
+        max_seq_length=length,
     )
 
 
@@ -93,21 +101,49 @@ def _model_version(path: Path) -> str:
     return next((manifest.sha256_file(file) for file in weights if file.is_file()), "")
 
 
-def run_seeds(job: Job, settings: loop.Settings, seeds: Sequence[int], out: Path) -> dict[str, Any]:
-    """Fine-tune with each seed into `out/seed_<s>` and copy the best into `out`.
+def run_seeds(
+    job: Job,
+    settings: loop.Settings,
+    seeds: Sequence[int],
+    out: Path,
+    stop: StopRequest,
+    *,
+    resumes: bool,
+) -> dict[str, Any]:
+    """Fine-tune with each seed into `out/seed_<s>` and copy the best into `out`; collective.
 
     One seed is fine-tuned in `out` itself. A task without a training set has nothing to seed.
+
+    Args:
+        resumes: go on from what a run with the same settings left when it was ended.
 
     Raises:
         TrainingDivergedError: the loss of a run is no longer finite.
         DataError: something can't be written.
+        SystemExit: a signal asked to end.
     """
     if len(seeds) == 1 or not job.train:
-        return run(job, dataclasses.replace(settings, seed=seeds[0]), out)
-    results = [
-        run(job, dataclasses.replace(settings, seed=seed), out / f"seed_{seed}") for seed in seeds
-    ]
+        return run(job, _with_seed(settings, seeds[0]), out, stop, resumes=resumes)
+    reuses = resumes and not manifest.is_complete(out)  # else all seeds came to their end
+    results = []
+    for seed in seeds:
+        folder, own = out / f"seed_{seed}", _with_seed(settings, seed)
+        done = finished(job, own, [seed], folder) if reuses else None
+        if done is not None:
+            print(f"{job.task.name}: seed {seed} is finished in {folder}")
+        results.append(done or run(job, own, folder, stop, resumes=resumes))
     result = metrics.summarize_seeds(results)
+    with distributed.one_voice():
+        if distributed.is_main():
+            _keep_seed(out, result, seeds)
+    return result
+
+
+def _with_seed(settings: loop.Settings, seed: int) -> loop.Settings:
+    return dataclasses.replace(settings, seed=seed)
+
+
+def _keep_seed(out: Path, result: Mapping[str, Any], seeds: Sequence[int]) -> None:
     best = out / f"seed_{result['seed']}"
     record = manifest.read_manifest(best)
     with output.replacing(
@@ -117,48 +153,246 @@ def run_seeds(job: Job, settings: loop.Settings, seeds: Sequence[int], out: Path
             for name in record.files:
                 shutil.copy2(best / name, staging / name)
         manifest.write_json(staging / output.RESULT_NAME, result)
-    return result
 
 
-def run(job: Job, settings: loop.Settings, out: Path) -> dict[str, Any]:
-    """Fine-tune once and write the model, its `result.json` and, where asked for, its predictions.
+def finished(
+    job: Job, settings: loop.Settings, seeds: Sequence[int], out: Path
+) -> dict[str, Any] | None:
+    """The result of an earlier run of the same settings and inputs, where it came to its end."""
+    if not manifest.is_complete(out) or not (out / output.RESULT_NAME).is_file():
+        return None
+    wanted = list(seeds) if job.train else [seeds[0]]
+    record = manifest.read_manifest(out)
+    runs = [_jsonable(_source(job, _with_seed(settings, seed))) for seed in wanted]
+    if record.config.get("run") not in runs or record.inputs != job.versions:
+        return None
+    result: dict[str, Any] = json.loads((out / output.RESULT_NAME).read_text(encoding="utf-8"))
+    return result if [one["seed"] for one in result.get("all", [result])] == wanted else None
+
+
+def run(
+    job: Job, settings: loop.Settings, out: Path, stop: StopRequest, *, resumes: bool
+) -> dict[str, Any]:
+    """Fine-tune once and write the model, its `result.json` and, where asked for, its predictions;
+    collective.
 
     Returns:
         What `result.json` says.
     """
     started = time.perf_counter()
-    torch.manual_seed(settings.seed)
-    model = BertForSequenceClassification(job.folder.config, job.task.num_outputs)
-    if not job.random_init:
-        checkpoint.load_weights(model, job.folder)
-    model.to(job.device)
     start = "random weights" if job.random_init else str(job.folder.path)
-    print(f"{job.task.name}: from {start} to {out}, seed {settings.seed}, on {job.device}")
-
-    step, evaluation, saved = 0, Evaluation(loss=None, metrics={}), []
+    ranks = distributed.world_size()
+    place = f"{_device().type}" + (f" x {ranks}" if ranks > 1 else "")
+    print(f"{job.task.name}: from {start} to {out}, seed {settings.seed}, on {place}")
+    torch.manual_seed(settings.seed)
+    model = BertForSequenceClassification(job.folder.config, job.task.num_outputs, settings.kernels)
+    if not job.random_init:
+        _load_start(job, model)
+    progress = Progress()
     if job.train:
-        for step, saves in loop.train(model, job.train, settings, job.device):
-            evaluation = evaluate(job, model, settings.precision, step)
-            if saves:
-                saved.append(f"step_{step}")
-                _save_step(job, model, settings, step, evaluation, out / saved[-1])
-
-    result = _describe(job, model, settings, step, evaluation, time.perf_counter() - started)
-    with output.replacing(
-        out, config=_source(job, settings, step), inputs=job.versions, keep=saved
-    ) as staging:
-        checkpoint.write_model_files(
-            staging,
-            model.state_dict(),
-            job.folder.config,
-            job.tokenizer,
-            card=_card(job, settings, evaluation),
-            labels=job.task.label_names,
-            is_regression=job.task.is_regression,
+        progress = _train(job, model, settings, out, stop, resumes=resumes)
+        model = BertForSequenceClassification(
+            job.folder.config, job.task.num_outputs, settings.kernels
         )
-        _write_predictions(job, model, settings.precision, staging)
-        manifest.write_json(staging / output.RESULT_NAME, result)
+        with distributed.one_voice():
+            model.load_state_dict(_kept_weights(out / output.STATE_NAME))
+    forward = loop.plain_forward(model, settings.deepspeed, _device())
+    evaluation = progress.kept
+    if evaluation is None:
+        evaluation = evaluate(job, forward, progress.kept_step)
+    predictions = [loop.predict(forward, encoded, _device()) for encoded in job.test]
+    elapsed_s = progress.elapsed_s + time.perf_counter() - started
+    result = _describe(job, model, settings, progress, evaluation, elapsed_s)
+    with distributed.one_voice():
+        if distributed.is_main():
+            with output.replacing(
+                out,
+                config={"run": _source(job, settings), "step": progress.kept_step},
+                inputs=job.versions,
+                keep=[f"step_{step}" for step in progress.saved_steps],
+            ) as staging:
+                checkpoint.write_model_files(
+                    staging,
+                    model.state_dict(),
+                    job.folder.config,
+                    job.tokenizer,
+                    card=_card(job, settings, evaluation),
+                    labels=job.task.label_names,
+                    is_regression=job.task.is_regression,
+                )
+                _write_predictions(job, predictions, staging)
+                manifest.write_json(staging / output.RESULT_NAME, result)
     return result
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _load_start(job: Job, model: BertForSequenceClassification) -> None:
+    """The weights to start from; a classifier only where it answers with the same labels."""
+    task, folder = job.task, job.folder
+    answers_alike = folder.labels == task.label_names and folder.is_regression == task.is_regression
+    new = checkpoint.load_weights(model, folder, with_classifier=answers_alike)
+    if "classifier.weight" not in new:
+        print(f"{task.name}: the classifier of {folder.path} is trained on")
+
+
+@dataclasses.dataclass(kw_only=True)
+class Progress:
+    """How far a training has come.
+
+    Attributes:
+        saved_steps: of the `step_<n>` folders.
+        kept_step: of the model that is kept: the best one or the last.
+        kept: its evaluation; None where that was not done in this process.
+        num_worse: evaluations in a row without a better value.
+    """
+
+    step: int = 0
+    elapsed_s: float = 0.0
+    saved_steps: list[int] = dataclasses.field(default_factory=list)
+    kept_step: int = 0
+    best_value: float | None = None
+    num_worse: int = 0
+    kept: "Evaluation | None" = None
+
+
+def _train(
+    job: Job,
+    model: BertForSequenceClassification,
+    settings: loop.Settings,
+    out: Path,
+    stop: StopRequest,
+    *,
+    resumes: bool,
+) -> Progress:
+    """Train to the end, leaving the state with the weights that are kept; collective.
+
+    Raises:
+        SystemExit: a signal asked to end; the state is saved.
+    """
+    assert job.train is not None
+    started = time.perf_counter()
+    engine = loop.start_engine(model, settings)
+    folder = out / output.STATE_NAME
+    progress = Progress()
+    with distributed.one_voice():
+        saved = _find_state(job, settings, folder) if resumes else None
+    if saved is not None:
+        with distributed.one_voice():
+            engine.restore(StateReader(folder))
+        progress = Progress(**saved)
+        print(f"{job.task.name}: going on from step {progress.step}, saved in {folder}")
+    before_s = progress.elapsed_s
+
+    def is_spent() -> bool:
+        return settings.patience is not None and progress.num_worse >= settings.patience
+
+    reviews = loop.train(engine, job.train, settings, stop, first_step=progress.step)
+    for review in reviews if not is_spent() else ():
+        progress.step = review.step
+        evaluation = None
+        if not review.exit_code:
+            engine.train(False)
+            evaluation = evaluate(job, engine.forward, review.step)
+            _judge(job, settings, progress, evaluation)
+        progress.elapsed_s = before_s + time.perf_counter() - started
+        _save(job, settings, engine, progress, review, evaluation, folder)
+        if review.exit_code:
+            print(f"stopped at step {review.step}: the same command goes on from there", flush=True)
+            raise SystemExit(review.exit_code)
+        if is_spent():
+            print(
+                f"step {progress.step}: no better {job.task.metrics[0]} in the last "
+                f"{progress.num_worse} evaluations; that of step {progress.kept_step} is kept",
+                flush=True,
+            )
+            break
+    engine.close()
+    return progress
+
+
+def _judge(job: Job, settings: loop.Settings, progress: Progress, evaluation: "Evaluation") -> None:
+    """Note whether this is the model to keep."""
+    value = evaluation.metrics[job.task.metrics[0]]
+    is_better = progress.best_value is None or value > progress.best_value
+    progress.num_worse = 0 if is_better else progress.num_worse + 1
+    if is_better:
+        progress.best_value = value
+    if is_better or not settings.keeps_best:
+        progress.kept_step, progress.kept = progress.step, evaluation
+
+
+def _save(
+    job: Job,
+    settings: loop.Settings,
+    engine: Engine,
+    progress: Progress,
+    review: loop.Review,
+    evaluation: "Evaluation | None",
+    folder: Path,
+) -> None:
+    """The state to go on from, with the weights that are kept, and `step_<n>` where asked for."""
+    if not settings.keeps_best:
+        progress.kept_step = progress.step
+    saves_model = review.saves and evaluation is not None
+    if saves_model:
+        progress.saved_steps.append(review.step)
+
+    def finish(reader: StateReader, staging: Path) -> None:
+        weights = dict(reader.weights())
+        if saves_model:
+            assert evaluation is not None
+            _save_step(job, weights, settings, evaluation, folder.parent / f"step_{review.step}")
+        if settings.keeps_best:
+            with manifest.writing(staging):
+                if progress.kept_step == progress.step:
+                    save_file(weights, staging / _BEST_NAME)
+                elif (folder / _BEST_NAME).is_file():
+                    shutil.copy2(folder / _BEST_NAME, staging / _BEST_NAME)
+
+    noted = {
+        field.name: getattr(progress, field.name)
+        for field in dataclasses.fields(progress)
+        if field.name != "kept"
+    }
+    training_state.write_state(
+        folder,
+        engine.snapshot(),
+        config={"run": _source(job, settings), "progress": noted},
+        inputs=job.versions,
+        finish=finish,
+    )
+
+
+def _find_state(job: Job, settings: loop.Settings, folder: Path) -> dict[str, Any] | None:
+    """What was noted of a training that did not come to its end, its files verified.
+
+    Raises:
+        ConfigError: it was of other settings or inputs.
+        ManifestError: the state is damaged.
+    """
+    if not manifest.is_complete(folder):
+        return None
+    record = manifest.verify_folder(folder)
+    before, now = (
+        {**flatten(run), **inputs}
+        for run, inputs in (
+            (record.config["run"], record.inputs),
+            (_jsonable(_source(job, settings)), job.versions),
+        )
+    )
+    check_same_run(before, now, str(folder))
+    progress: dict[str, Any] = record.config["progress"]
+    return progress
+
+
+def _kept_weights(folder: Path) -> dict[str, torch.Tensor]:
+    best = folder / _BEST_NAME
+    return load_file(best) if best.is_file() else dict(StateReader(folder).weights())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,19 +403,22 @@ class Evaluation:
     metrics: dict[str, float]
 
 
-def evaluate(
-    job: Job, model: BertForSequenceClassification, precision: loop.Precision, step: int
-) -> Evaluation:
-    """Score the model on every dev set and print PaddleNLP's line.
+def evaluate(job: Job, forward: Callable[..., torch.Tensor], step: int) -> Evaluation:
+    """Score a model on every dev set and print PaddleNLP's line; collective.
+
+    Args:
+        forward: see `loop.predict`.
 
     Raises:
         TrainingDivergedError: the loss is not a finite number.
     """
+    if not job.dev:
+        return Evaluation(loss=None, metrics={})
     losses: list[float] = []
     scores: dict[str, float] = {}
     for split, encoded in zip(job.task.dev, job.dev, strict=True):
         labels = _labels(encoded)
-        logits_NC = loop.predict(model, encoded, precision, job.device)
+        logits_NC = loop.predict(forward, encoded, _device())
         losses.append(loop.mean_loss(logits_NC, labels))
         loop.check_finite(losses[-1], step)
         split_scores = metrics.score(job.task, labels, metrics.answers(job.task, logits_NC))
@@ -207,31 +444,30 @@ def _majority(job: Job) -> float | None:
 
 
 def _write_predictions(
-    job: Job, model: BertForSequenceClassification, precision: loop.Precision, folder: Path
+    job: Job, predictions: Sequence[npt.NDArray[np.float32]], folder: Path
 ) -> None:
-    for split, encoded in zip(job.task.test, job.test, strict=False):
-        logits_NC = loop.predict(model, encoded, precision, job.device)
+    for split, logits_NC in zip(job.task.test, predictions, strict=False):
         given = metrics.answers(job.task, logits_NC)
         metrics.write_predictions(folder / f"{split.submission}.tsv", job.task, given)
 
 
 def _save_step(
     job: Job,
-    model: BertForSequenceClassification,
+    weights: Mapping[str, torch.Tensor],
     settings: loop.Settings,
-    step: int,
     evaluation: Evaluation,
     folder: Path,
 ) -> None:
+    step = int(folder.name.removeprefix("step_"))
     checkpoint.save_model(
         folder,
-        model.state_dict(),
+        weights,
         job.folder.config,
         job.tokenizer,
         card=_card(job, settings, evaluation),
         labels=job.task.label_names,
         is_regression=job.task.is_regression,
-        source=_source(job, settings, step),
+        source={"run": _source(job, settings), "step": step},
         inputs=job.versions,
     )
 
@@ -240,7 +476,7 @@ def _describe(
     job: Job,
     model: BertForSequenceClassification,
     settings: loop.Settings,
-    step: int,
+    progress: Progress,
     evaluation: Evaluation,
     wall_s: float,
 ) -> dict[str, Any]:
@@ -254,7 +490,8 @@ def _describe(
         "eval_loss": evaluation.loss,
         "num_eval_samples": len(job.dev[0]) if job.dev else 0,
         "seed": settings.seed,
-        "steps": step,
+        "steps": progress.step,
+        "kept_step": progress.kept_step,
         "model": {
             "path": str(job.folder.path),
             "sha256": job.versions["model"],
@@ -266,14 +503,24 @@ def _describe(
     }
 
 
-def _source(job: Job, settings: loop.Settings, step: int) -> dict[str, Any]:
+def _source(job: Job, settings: loop.Settings) -> dict[str, Any]:
+    """All that decides what comes out, except the inputs."""
+    chosen = dataclasses.asdict(settings)
+    for name in ("logging_steps", "save_steps"):
+        del chosen[name]
     return {
         "task": job.task.name,
         "model": str(job.folder.path),
         "random_init": job.random_init,
-        "step": step,
-        "settings": dataclasses.asdict(settings),
+        "max_seq_length": job.max_seq_length,
+        "processes": distributed.world_size(),
+        "settings": chosen,
     }
+
+
+def _jsonable(value: Any) -> Any:
+    """As it will be read back from a file."""
+    return json.loads(json.dumps(value))
 
 
 def _card(job: Job, settings: loop.Settings, evaluation: Evaluation) -> str:
@@ -286,7 +533,6 @@ def _card(job: Job, settings: loop.Settings, evaluation: Evaluation) -> str:
             "fine-tuned from": start,
             **facts,
             "learning rate": settings.learning_rate,
-            "batch size": settings.batch_size,
             "epochs": settings.num_epochs,
             "seed": settings.seed,
         },

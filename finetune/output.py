@@ -1,8 +1,9 @@
 """The output folder: a finished model replaces an older one only when it is whole.
 
 `OUT/` is itself the model folder and holds other things too: `result.json`, predictions,
-`step_<n>/`. All files of a finished model are gathered in a hidden folder inside it and then moved
-up, the manifest last: without a manifest `OUT/` is no model.
+`step_<n>/`, and until the training ends `state/`, from which a run that was ended goes on. All
+files of a finished model are gathered in a hidden folder inside it and then moved up, the manifest
+last: without a manifest `OUT/` is no model.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from zerobert.errors import ConfigError
 from zerobert.manifest import MANIFEST_NAME
 
 RESULT_NAME = "result.json"
+STATE_NAME = "state"
 _COMPLETED = ".completed"
 _OLDER_FOLDER = re.compile(r"(step|seed)_\d+")
 
@@ -86,6 +88,7 @@ def _remove_older(out: Path, keep: Collection[str]) -> None:
         for name in older:
             (out / name).unlink(missing_ok=True)
     for path in out.iterdir():
-        is_unfinished = manifest.is_staging(Path(path.name))  # left by a run that was killed
+        # Left by a run that was killed, or of no use any more.
+        is_unfinished = manifest.is_staging(Path(path.name)) or path.name == STATE_NAME
         if is_unfinished or (_OLDER_FOLDER.fullmatch(path.name) and path.name not in keep):
             shutil.rmtree(path)

@@ -6,12 +6,11 @@ reader that takes it for more swallows rows. Every fault is a `DataError` with f
 
 import csv
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from zerobert.errors import DataError
+from zerobert.errors import DataError, print_aside
 
 
 def read_rows(
@@ -74,7 +73,7 @@ def _tab_rows(
         else:
             raise _wrong_width(path, number, header, cells, "TAB")
     if num_broken:
-        print(f"warning: {path}: left out {num_broken} rows torn by line breaks", file=sys.stderr)
+        print_aside(f"warning: {path}: left out {num_broken} rows torn by line breaks")
 
 
 def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, tuple[str, ...]]]:

@@ -61,6 +61,9 @@ class Task:
         metrics: the first is the task's value.
         dev: the first is the one whose loss is reported.
         trained_on: the task whose fine-tuned model answers this one, which has no training set.
+        gains_from: the task whose fine-tuned model is a better start than a pretrained one.
+            Source: Liu et al. 2019 (arXiv:1907.11692), section 5.1; Phang et al. 2018
+            (arXiv:1811.01088).
         skips_broken_rows: its first release has rows torn by line breaks, which readers leave out.
         score_range: the least and the greatest answer of a regression task, where they are known.
         published: percent, in the order of the reported metrics.
@@ -82,6 +85,7 @@ class Task:
     hub_config: str = ""
     hub_text_columns: tuple[str, ...] = ()
     trained_on: str = ""
+    gains_from: str = ""
     skips_broken_rows: bool = False
     score_range: tuple[float, float] | None = None
     published: tuple[float, ...] = ()
@@ -163,6 +167,7 @@ TASKS: tuple[Task, ...] = (
         dev=_dev(408, File(name="dev.tsv"), File(name=_MRPC_TRAIN, rows="listed")),
         test=_test(1725, "MRPC", File(name="test.tsv"), File(name="msr_paraphrase_test.txt")),
         hub_config="mrpc",
+        gains_from="MNLI",
         hub_text_columns=("sentence1", "sentence2"),
         published=(88.24, 91.67),
         num_epochs=5.0,
@@ -177,6 +182,7 @@ TASKS: tuple[Task, ...] = (
         dev=_dev(1500),
         test=_test(1379, "STS-B"),
         hub_config="stsb",
+        gains_from="MNLI",
         hub_text_columns=("sentence1", "sentence2"),
         score_range=(0.0, 5.0),
         published=(88.85, 88.35),
@@ -258,6 +264,7 @@ TASKS: tuple[Task, ...] = (
         dev=_dev(277),
         test=_test(3000, "RTE"),
         hub_config="rte",
+        gains_from="MNLI",
         hub_text_columns=("sentence1", "sentence2"),
         published=(71.12,),
     ),

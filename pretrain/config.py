@@ -1,7 +1,6 @@
 """The experiment: one JSON with DeepSpeed's keys and our `"bert"` section, overridden by flags."""
 
 import argparse
-import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from pretrain.guard import GuardConfig
 from zerobert import engine, schedule
 from zerobert.checkpoint import ModelFolder, open_model
 from zerobert.config import BertConfig, check_keys, from_dict, load_json
+from zerobert.ds_config import BatchSizes, clipping, flatten, override
 from zerobert.ds_scheduler import DeepSpeedScheduler, scheduler_config
 from zerobert.errors import ConfigError
 from zerobert.kernels import Kernels
@@ -20,9 +20,7 @@ from zerobert.schedule import ScheduleConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PADDLE_JSON = REPOSITORY / "ds_configs" / "paddle_base.json"
-_DEEPSPEED_CLIPPING = 1.0  # what it clips at where a file says nothing
 _NO_LIMIT = -1  # PaddleNLP's way to say that epochs alone end the run
-PRECISION_SECTIONS = ("fp16", "bf16", "torch_autocast", "data_types")
 _WEIGHT_SHAPES = (
     "hidden_size",
     "num_hidden_layers",
@@ -42,7 +40,6 @@ KNOWN_NAMES: dict[str, dict[str, Any]] = {
     "bert-base-multilingual-cased": {"size": "base"},
     "bert-base-chinese": {"size": "base"},
 }
-_PADDLE_LOSS_SCALE = 2.0**15  # of its --use_amp where --scale_loss says nothing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -246,7 +243,7 @@ def resolve(args: argparse.Namespace) -> PretrainConfig:
     bert = _named_model(bert, args.model_name_or_path)
     if bert.run.init_from is not None and args.deepspeed_config is None:
         bert = dataclasses.replace(bert, model={})  # nobody asked for the default JSON's size
-    ds = _override_deepspeed(raw, args)
+    ds = override(raw, args)
     engine.check_served(ds)
     if bert.kernels.compile and ds.get("zero_optimization", {}).get("stage", 0) == 3:
         raise ConfigError(
@@ -254,7 +251,7 @@ def resolve(args: argparse.Namespace) -> PretrainConfig:
             "remove one of them"
         )
     optimizer = optimizer_config(ds.get("optimizer", {"type": "AdamW"}), f"{path}: optimizer")
-    ds["gradient_clipping"] = _clipping(ds, optimizer.params.max_grad_norm)
+    ds["gradient_clipping"] = clipping(ds, optimizer.params.max_grad_norm)
     scheduler = None
     if "scheduler" in ds:
         scheduler = scheduler_config(ds["scheduler"], f"{path}: scheduler")
@@ -343,78 +340,6 @@ def _override(bert: BertSection, args: argparse.Namespace) -> BertSection:
     )
 
 
-def _override_deepspeed(raw: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    ds: dict[str, Any] = copy.deepcopy(dict(raw))
-    precision = _precision_flag(args)
-    if precision is not None:
-        for name in PRECISION_SECTIONS:
-            ds.pop(name, None)
-        if precision != "fp32":
-            ds[precision] = {"enabled": True}
-    if args.scale_loss is not None:
-        _set_loss_scale(ds, args.scale_loss)
-    elif args.use_amp:
-        _set_loss_scale(ds, _PADDLE_LOSS_SCALE)
-    if args.max_grad_norm is not None:
-        ds["gradient_clipping"] = args.max_grad_norm
-        ds.get("optimizer", {}).get("params", {}).pop("max_grad_norm", None)
-    if args.batch_size is not None:
-        ds["train_micro_batch_size_per_gpu"] = args.batch_size
-        ds.pop("train_batch_size", None)
-        ds["gradient_accumulation_steps"] = 1
-    flags = {
-        "lr": args.learning_rate,
-        "weight_decay": args.weight_decay,
-        "eps": args.adam_epsilon,
-    }
-    if given := {name: value for name, value in flags.items() if value is not None}:
-        optimizer = ds.setdefault("optimizer", {"type": "AdamW"})
-        optimizer["params"] = {**optimizer.get("params", {}), **given}
-    return ds
-
-
-def _precision_flag(args: argparse.Namespace) -> str | None:
-    """What `--precision` or PaddleNLP's `--use_amp` asks for.
-
-    Raises:
-        ConfigError: they contradict each other.
-    """
-    precision: str | None = args.precision
-    if args.use_amp is None:
-        return precision
-    amp = "fp16" if args.use_amp else "fp32"
-    if precision not in (None, amp):
-        raise ConfigError(
-            f"--use_amp {args.use_amp} is {amp}, --precision says {precision}: leave one out"
-        )
-    return amp
-
-
-def _set_loss_scale(ds: dict[str, Any], scale: float) -> None:
-    """The first loss scale of fp16; other precisions have none, and PaddleNLP ignores it there.
-
-    Raises:
-        ConfigError: DeepSpeed can't start from it.
-    """
-    mantissa, exponent = math.frexp(scale)
-    if mantissa != 0.5 or exponent < 1:
-        raise ConfigError(f"--scale_loss: wanted a power of 2 from 1 on, got {scale:g}")
-    if ds.get("fp16", {}).get("enabled", False):
-        ds["fp16"]["initial_scale_power"] = exponent - 1
-
-
-def _clipping(ds: Mapping[str, Any], max_grad_norm: float | None) -> Any:
-    """The largest gradient norm, whichever of its two names it goes by."""
-    if max_grad_norm is None:
-        return ds.get("gradient_clipping", _DEEPSPEED_CLIPPING)
-    if ds.get("gradient_clipping", max_grad_norm) != max_grad_norm:
-        raise ConfigError(
-            f"gradient_clipping is {ds['gradient_clipping']}, optimizer.params.max_grad_norm is "
-            f"{max_grad_norm}: they are the same thing; give one"
-        )
-    return max_grad_norm
-
-
 def _named_model(bert: BertSection, name: str | None) -> BertSection:
     """PaddleNLP's `--model_name_or_path`: a name is an architecture, a folder its weights too.
 
@@ -433,54 +358,6 @@ def _named_model(bert: BertSection, name: str | None) -> BertSection:
         f"--model_name_or_path: {name!r} is neither a folder nor one of {', '.join(KNOWN_NAMES)}; "
         "to start from a hub model's weights use --init_from"
     )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BatchSizes:
-    """Sequences of an optimizer step and how they are cut."""
-
-    global_samples: int
-    micro_samples: int
-    accumulation_steps: int
-
-
-def batch_sizes(ds: Mapping[str, Any], world_size: int) -> BatchSizes:
-    """DeepSpeed's three batch keys on this many ranks; any two fix the third.
-
-    Raises:
-        ConfigError: they don't multiply, or none is given.
-    """
-    total, micro, accumulation = (
-        ds.get(name)
-        for name in (
-            "train_batch_size",
-            "train_micro_batch_size_per_gpu",
-            "gradient_accumulation_steps",
-        )
-    )
-    for value in (total, micro, accumulation):
-        if value is not None and (type(value) is not int or value < 1):
-            raise ConfigError(f"batch sizes: wanted whole numbers above 0, got {value!r}")
-    if total is None and micro is None:
-        raise ConfigError("give train_batch_size and train_micro_batch_size_per_gpu")
-    if micro is None:
-        assert total is not None
-        micro = max(1, total // (world_size * (accumulation or 1)))
-    if accumulation is None:
-        accumulation = total // (micro * world_size) if total is not None else 1
-    if total is None:
-        total = micro * accumulation * world_size
-    if micro * accumulation * world_size != total:
-        remedy = (
-            f"train_batch_size that is a multiple of {world_size}"
-            if total % world_size
-            else f"train_micro_batch_size_per_gpu that divides {total // world_size}"
-        )
-        raise ConfigError(
-            f"train_batch_size {total} is not micro-batch {micro} x accumulation {accumulation} x "
-            f"{world_size} processes; choose a {remedy}"
-        )
-    return BatchSizes(global_samples=total, micro_samples=micro, accumulation_steps=accumulation)
 
 
 def with_micro_batch(
@@ -560,41 +437,11 @@ def identity(
     Of the limits of its length it is the one that the rate depends on.
     """
     by_time = resolved["bert"].get("schedule", {}).get("by") == "time"
-    flat: dict[str, Any] = {
+    return {
+        **flatten(resolved, leaving_out=_FREE),
+        **flatten(data, "data"),
         "total_steps": None if by_time else steps,
         "max_train_s": resolved["bert"]["run"]["max_train_s"] if by_time else None,
         "train_batch_size": sizes.global_samples,
         "train_micro_batch_size_per_gpu": sizes.micro_samples,
     }
-
-    def walk(prefix: str, value: Any) -> None:
-        if prefix in _FREE:
-            return
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                walk(f"{prefix}.{key}" if prefix else key, item)
-        else:
-            flat.setdefault(prefix, list(value) if isinstance(value, tuple) else value)
-
-    walk("", resolved)
-    walk("data", data)
-    return flat
-
-
-def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    """Refuse to resume a run under other settings.
-
-    Raises:
-        ConfigError: names each setting that differs.
-    """
-    names = sorted(set(before) | set(now))
-    changed = [
-        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
-        for name in names
-        if before.get(name) != now.get(name)
-    ]
-    if changed:
-        raise ConfigError(
-            f"{where} is of a run with other settings: {'; '.join(changed)}; use the settings it "
-            "was started with, another --output_dir, or --resume never"
-        )

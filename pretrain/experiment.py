@@ -14,20 +14,21 @@ from torch import Tensor
 from pretrain import config as pretrain_config
 from pretrain import loop, memory, preflight, report
 from pretrain import state as run_state
-from pretrain.config import BatchSizes, PretrainConfig
+from pretrain.config import PretrainConfig
 from pretrain.data import StepLoader, evaluation_batches, fingerprint
 from pretrain.masking import Masking, masking_of
 from pretrain.order import sample_order
-from pretrain.signals import StopRequest
 from pretrain.state import RunFolder, Saver, TrainState
 from zerobert import checkpoint, distributed, engine, kernels, manifest
 from zerobert.checkpoint import ModelFolder
 from zerobert.device import peak_flops, slow_precision
+from zerobert.ds_config import BatchSizes, batch_sizes
 from zerobert.engine import Engine
 from zerobert.errors import ConfigError, exit_code
 from zerobert.model import BertForPreTraining, num_parameters, training_flops_per_sequence
 from zerobert.optim import build_optimizer
 from zerobert.shards import ShardInfo, find_shards, shard_lower_case, shard_vocabulary
+from zerobert.signals import StopRequest
 from zerobert.tokenizer import VOCAB_NAME, WordPieceTokenizer
 from zerobert.tracking import code_version, open_tracker, read_status, write_status
 
@@ -130,10 +131,10 @@ def prepare(args: argparse.Namespace, *, micro_samples: int | None = None) -> Ex
         ZerobertError: what the user can mend, each with a line that says how.
     """
     config = pretrain_config.resolve(args)
-    sizes = pretrain_config.batch_sizes(config.deepspeed, distributed.world_size())
+    sizes = batch_sizes(config.deepspeed, distributed.world_size())
     if micro_samples is not None:
         config = pretrain_config.with_micro_batch(config, micro_samples, sizes.global_samples)
-        sizes = pretrain_config.batch_sizes(config.deepspeed, distributed.world_size())
+        sizes = batch_sizes(config.deepspeed, distributed.world_size())
     folders = [Path(folder) for folder in config.bert.data.input_dir]
     training = _training_shards(folders, args)
     eval_dir = config.bert.data.eval_dir

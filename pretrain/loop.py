@@ -17,13 +17,13 @@ from pretrain import state as run_state
 from pretrain.data import StepBatch, StepLoader, dropout_seed
 from pretrain.guard import GuardConfig, SpikeGuard
 from pretrain.progress import progress_line
-from pretrain.signals import StopRequest
 from pretrain.state import Saver, TrainState
-from zerobert import distributed
+from zerobert import distributed, signals
 from zerobert.device import peak_memory_bytes
 from zerobert.engine import Engine
-from zerobert.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, TrainingDivergedError
+from zerobert.errors import TrainingDivergedError
 from zerobert.model import PretrainingLosses
+from zerobert.signals import StopRequest
 from zerobert.tracking import Tracker
 
 
@@ -237,19 +237,19 @@ class Shared:
 
 def share(batch: StepBatch, elapsed_s: float, stop: StopRequest) -> Shared:
     """Add up what the ranks know; collective."""
-    num_masked, num_tokens, agreed_s, *signals = distributed.all_reduce_sum(
+    num_masked, num_tokens, agreed_s, *flags = distributed.all_reduce_sum(
         [
             batch.num_masked,
             batch.num_tokens,
             elapsed_s if distributed.is_main() else 0.0,
-            *_signal_flags(stop),
+            *signals.flags(stop),
         ]
     )
     return Shared(
         num_masked=num_masked,
         num_tokens=int(num_tokens),
         elapsed_s=agreed_s,
-        exit_code=_exit_code(signals),
+        exit_code=signals.agreed_code(flags),
     )
 
 
@@ -358,17 +358,7 @@ def check_finite(engine: Engine, window: Window, step: int) -> None:
 
 def agreed_exit_code(stop: StopRequest) -> int:
     """The exit code of a signal that any rank has received, 0 for none; collective."""
-    return _exit_code(distributed.all_reduce_sum(_signal_flags(stop)))
-
-
-def _signal_flags(stop: StopRequest) -> list[float]:
-    """What the ranks add up: 1 for each signal that this one has received."""
-    return [float(stop.exit_code == code) for code in (EXIT_TERMINATED, EXIT_INTERRUPTED)]
-
-
-def _exit_code(signals: Sequence[float]) -> int:
-    terminated, interrupted = signals
-    return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED if interrupted else 0
+    return signals.agreed_code(distributed.all_reduce_sum(signals.flags(stop)))
 
 
 @torch.no_grad()

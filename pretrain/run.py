@@ -5,27 +5,16 @@ Also under torchrun and as plain `python`. docs/reproduce.md has the recipes.
 
 import argparse
 import json
-import logging
-import os
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pretrain.launcher import choose_accelerator, launch
-from pretrain.signals import StopRequest, report_exit
-from zerobert.errors import (
-    ArgumentParser,
-    ConfigError,
-    ConnectionLostError,
-    exit_code,
-    print_error,
-    run_script,
-)
-from zerobert.slurm import adopt_slurm
+from zerobert.errors import ArgumentParser, ConfigError, run_script, truth
+from zerobert.launcher import start
+from zerobert.signals import StopRequest
 
 if TYPE_CHECKING:
     from pretrain.experiment import Experiment
@@ -94,11 +83,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="more than 1 starts the launcher; 0 is the CPU",
     )
     add("--device", "--select_device", choices=("cpu", "gpu"), help="default: what there is")
-    add("--use_amp", type=_truth, metavar="BOOL", help="true: fp16 with fp32 masters; false: fp32")
+    add("--use_amp", type=truth, metavar="BOOL", help="true: fp16 with fp32 masters; false: fp32")
     add("--amp_level", choices=("O1", "O2"), help="both are fp16 weights with fp32 masters")
     add("--scale_loss", type=float, metavar="X", help="first loss scale of fp16, a power of 2")
-    add("--to_static", type=_truth, metavar="BOOL", help="true: bert.kernels.compile")
-    add("--fuse_transformer", type=_truth, metavar="BOOL", help="kernels are chosen either way")
+    add("--to_static", type=truth, metavar="BOOL", help="true: bert.kernels.compile")
+    add("--fuse_transformer", type=truth, metavar="BOOL", help="kernels are chosen either way")
     add("--profiler_options", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -109,51 +98,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def _truth(text: str) -> bool:
-    """A yes or no in any of the ways that Python's strtobool knows."""
-    if text.lower() in ("y", "yes", "t", "true", "on", "1"):
-        return True
-    if text.lower() in ("n", "no", "f", "false", "off", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"wanted true or false, got {text!r}")
-
-
 def main() -> int:
     """Parse, hand over to the launcher where several processes are wanted, else train."""
     args = parse_args(sys.argv[1:])
-    adopt_slurm(os.environ)
-    if args.n_gpu == 0 or args.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if (args.n_gpu or 0) > 1 and "RANK" not in os.environ:
-        return launch(sys.argv[1:], args.n_gpu)
-    stop = StopRequest()
-    try:
-        code = _train(args, stop)
-    except ConnectionLostError as error:
-        report_exit(exit_code(error))
-        print_error(error)
-        sys.stdout.flush()
-        os._exit(exit_code(error))  # threads that wait for the other side would hold the exit up
-    except BaseException as error:
-        report_exit(exit_code(error))
-        raise
-    report_exit(code)
-    return code
+    num_ranks = 0 if args.device == "cpu" else args.n_gpu
+    return start(Path(__file__), sys.argv[1:], num_ranks, lambda stop: _train(args, stop))
 
 
 def _train(args: argparse.Namespace, stop: StopRequest) -> int:
-    _quiet()
-    # These take seconds to import: a wrong flag is told before.
-    from zerobert import device, distributed, engine
-
-    device.set_threads()
-    engine.init_distributed()
-    with distributed.connected():
-        return _start(args, stop)
-
-
-def _start(args: argparse.Namespace, stop: StopRequest) -> int:
-    """`_train`, with the others at hand."""
     import torch
 
     from pretrain import experiment
@@ -174,16 +126,6 @@ def _start(args: argparse.Namespace, stop: StopRequest) -> int:
             _print_plan(run)
         return 0
     return experiment.train(run, args, stop)
-
-
-def _quiet() -> None:
-    """Keep DeepSpeed's chatter and what is not true here out of a run's output."""
-    logger = logging.getLogger("DeepSpeed")
-    logger.setLevel(logging.WARNING)
-    # Our LAMB under ZeRO is tested, which DeepSpeed can't know.
-    logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
-    warnings.filterwarnings("ignore", category=FutureWarning)  # one a collective, on new torch
-    choose_accelerator(os.environ)
 
 
 def _print_plan(run: "Experiment") -> None:

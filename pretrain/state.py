@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from pretrain.config import check_same_run
 from zerobert import checkpoint, distributed, manifest, training_state
 from zerobert.config import BertConfig
+from zerobert.ds_config import check_same_run
 from zerobert.engine import Engine, precision
 from zerobert.errors import CheckpointError, ConfigError, ManifestError
 from zerobert.tokenizer import WordPieceTokenizer
@@ -170,41 +170,28 @@ class Saver:
         return found
 
     def _write(self, snapshot: Snapshot, state: TrainState) -> None:
-        """All of one save, on every rank: complete, or nothing of it is left."""
-        folder = self._run.path / f"state_{state.step}"
-        staging = manifest.staging_path(folder)
-        try:
-            with distributed.one_voice(self._group):
-                if distributed.is_main():
-                    shutil.rmtree(staging, ignore_errors=True)
-                    with manifest.writing(staging):
-                        staging.mkdir(parents=True)
-            with distributed.one_voice(self._group):
-                training_state.write_pieces(staging, distributed.rank(), snapshot.pieces)
-            with distributed.one_voice(self._group):
-                if distributed.is_main():
-                    self._complete(staging, folder, snapshot, state)
-        except BaseException:
-            if distributed.is_main():
-                shutil.rmtree(staging, ignore_errors=True)
-            raise
-
-    def _complete(self, staging: Path, folder: Path, snapshot: Snapshot, state: TrainState) -> None:
-        """Rank 0: the model folder first, so that a state never lies there without it."""
+        """All of one save, on every rank. The model folder first, so that a state never lies there
+        without it.
+        """
         run = self._run
-        training_state.write_index(staging, snapshot)
-        reader = training_state.StateReader(staging)
-        _save_model(dict(reader.weights()), state, run)
-        config = {
-            "step": state.step,
-            "world_size": distributed.world_size(),
-            "identity": dict(run.identity),
-            "train_state": dataclasses.asdict(state),
-        }
-        manifest.write_manifest(staging, kind="state", config=config, inputs=run.inputs)
-        manifest.publish_folder(staging, folder)
-        manifest.write_text(run.path / LATEST_NAME, folder.name + "\n")
-        _prune(run)
+        folder = run.path / f"state_{state.step}"
+        training_state.write_state(
+            folder,
+            snapshot,
+            config={
+                "step": state.step,
+                "world_size": distributed.world_size(),
+                "identity": dict(run.identity),
+                "train_state": dataclasses.asdict(state),
+            },
+            inputs=run.inputs,
+            finish=lambda reader, _: _save_model(dict(reader.weights()), state, run),
+            group=self._group,
+        )
+        with distributed.one_voice(self._group):
+            if distributed.is_main():
+                manifest.write_text(run.path / LATEST_NAME, folder.name + "\n")
+                _prune(run)
 
 
 def _save_model(weights: Mapping[str, Tensor], state: TrainState, run: RunFolder) -> None:

@@ -130,8 +130,13 @@ def load_tokenizer(folder: ModelFolder) -> WordPieceTokenizer:
     return tokenizer
 
 
-def load_weights(model: nn.Module, folder: ModelFolder) -> list[str]:
+def load_weights(
+    model: nn.Module, folder: ModelFolder, *, with_classifier: bool = True
+) -> list[str]:
     """Copy a folder's weights into a model.
+
+    Args:
+        with_classifier: False where the folder's classifier answers another question.
 
     Returns:
         The names of the model's parameters that the folder lacks (a head that is new), which keep
@@ -150,8 +155,11 @@ def load_weights(model: nn.Module, folder: ModelFolder) -> list[str]:
     if strange := [name for name in unknown if not name.startswith(_HEADS)]:
         raise CheckpointError(f"{folder.path}: {strange[0]!r} is not a weight of this BERT")
     for name, parameter in own.items():
-        if name in found and found[name].shape != parameter.shape:
-            if not name.startswith("classifier."):
+        is_classifier = name.startswith("classifier.")
+        if name in found and (
+            found[name].shape != parameter.shape or (is_classifier and not with_classifier)
+        ):
+            if not is_classifier:
                 raise CheckpointError(
                     f"{folder.path}: {name} has shape {tuple(found[name].shape)}, wanted "
                     f"{tuple(parameter.shape)}; config.json and the weights are not of one model"

@@ -480,7 +480,8 @@ class Engine:
         return bool(self._engine.is_gradient_accumulation_boundary())
 
     def step(self, lr: float) -> None:
-        """End a micro-step; after the last of a batch, update the weights at this learning rate.
+        """End a micro-step; after the last of a batch, update the weights at this learning rate,
+        times its own `lr_factor` in a parameter group that has one.
 
         Raises:
             TrainingDivergedError: gradients overflow at the least loss scale there is.
@@ -488,7 +489,7 @@ class Engine:
         is_update = self.at_boundary
         if is_update:
             for group in self._engine.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_factor", 1.0)
             self._norm_before_step = self._plain_grad_norm()
             self._scale_of_step = self.loss_scale if self._wrapper is not None else 1.0
         self._engine.step()

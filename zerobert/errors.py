@@ -85,6 +85,19 @@ class ArgumentParser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
+def truth(text: str) -> bool:
+    """A flag's yes or no, in any of the ways that Python's strtobool knows.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none of them.
+    """
+    if text.lower() in ("y", "yes", "t", "true", "on", "1"):
+        return True
+    if text.lower() in ("n", "no", "f", "false", "off", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"wanted true or false, got {text!r}")
+
+
 def run_script(main: Callable[[], int]) -> NoReturn:
     """Run a script's `main` and exit with the code that its outcome means to the user.
 
@@ -142,3 +155,9 @@ def print_error(error: ZerobertError) -> None:
     where = f"[rank {rank}] " if rank else ""
     message = " ".join(str(error).split())
     print(f"{where}error: {message}", file=sys.stderr)
+
+
+def print_aside(message: str) -> None:
+    """Tell on stderr what does not stop a run, a warning for one; rank 0 tells it for all."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)

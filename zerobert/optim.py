@@ -278,15 +278,20 @@ def _check_ranges(params: LambParams | AdamWParams, where: str) -> None:
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimizerConfig, lamb_kernel: str = "auto"
+    model: nn.Module,
+    config: OptimizerConfig,
+    lamb_kernel: str = "auto",
+    *,
+    layer_decay: float | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer on a model's own parameters, to be handed to DeepSpeed, which clips for it.
 
     Args:
         lamb_kernel: see `Lamb`.
+        layer_decay: see `parameter_groups`.
     """
     params = config.params
-    groups = parameter_groups(model, params.weight_decay)
+    groups = parameter_groups(model, params.weight_decay, layer_decay)
     if isinstance(params, LambParams):
         options = dataclasses.asdict(params)
         del options["max_grad_norm"]

@@ -14,17 +14,19 @@ state_<step>/
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from zerobert import distributed, manifest
 from zerobert.errors import CheckpointError
-from zerobert.manifest import write_json, writing
 
 WEIGHTS = "weights"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -60,6 +62,47 @@ class Snapshot:
     rows: Mapping[str, int]
 
 
+def write_state(
+    folder: Path,
+    snapshot: Snapshot,
+    *,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    finish: Callable[["StateReader", Path], None] = lambda reader, staging: None,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Write a state folder, complete or not at all; collective.
+
+    Args:
+        config, inputs: for the manifest.
+        finish: called on rank 0 with what was written, and the folder that it lies in until it is
+            complete: for what is made of the state, or to lie in it.
+        group: of `distributed.new_group`, in another thread than the main one.
+
+    Raises:
+        DataError: something can't be written; on the rank that noticed, the others end quietly.
+    """
+    staging = manifest.staging_path(folder)
+    try:
+        with distributed.one_voice(group):
+            if distributed.is_main():
+                shutil.rmtree(staging, ignore_errors=True)
+                with manifest.writing(staging):
+                    staging.mkdir(parents=True)
+        with distributed.one_voice(group):
+            write_pieces(staging, distributed.rank(), snapshot.pieces)
+        with distributed.one_voice(group):
+            if distributed.is_main():
+                write_index(staging, snapshot)
+                finish(StateReader(staging), staging)
+                manifest.write_manifest(staging, kind="state", config=config, inputs=inputs)
+                manifest.publish_folder(staging, folder)
+    except BaseException:
+        if distributed.is_main():
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
 def write_pieces(folder: Path, rank: int, pieces: Sequence[Piece]) -> None:
     """Write what one rank holds; a rank that holds nothing writes nothing.
 
@@ -73,7 +116,7 @@ def write_pieces(folder: Path, rank: int, pieces: Sequence[Piece]) -> None:
         f"{kind}/{piece.name}": values for piece in pieces for kind, values in piece.values.items()
     }
     offsets = {piece.name: piece.offset for piece in pieces}
-    with writing(path):
+    with manifest.writing(path):
         try:
             save_file(tensors, path, metadata={"offsets": json.dumps(offsets)})
         except SafetensorError as error:
@@ -109,7 +152,7 @@ def write_index(folder: Path, snapshot: Snapshot) -> None:
         "kinds": sorted(kinds),
         "parameters": parameters,
     }
-    write_json(folder / INDEX_NAME, index)
+    manifest.write_json(folder / INDEX_NAME, index)
 
 
 class StateReader:

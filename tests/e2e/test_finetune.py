@@ -155,9 +155,43 @@ def test_ctrl_c_leaves_nothing_half_written(place: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.splitlines()[-1] == "interrupted"
+    assert errors.splitlines()[-1].startswith("stopping: the step is finished and saved first")
     assert "Traceback" not in errors
     names = {path.name for path in (place / "out").iterdir()}
-    assert all(re.fullmatch(r"step_\d+", name) for name in names), names
+    assert "state" in names
+    assert all(re.fullmatch(r"step_\d+|state", name) for name in names), names
     for name in names:
         manifest.verify_folder(place / "out" / name)
+
+
+def test_two_processes_that_are_ended_go_on_where_they_stopped(place: Path) -> None:
+    (place / "zero.json").write_text(
+        '{"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 4}'
+    )
+    flags = ("--task_name", "sst2", "--model_name_or_path", "model", "--n_gpu", "2")
+    flags += ("--deepspeed_config", "zero.json", "--num_train_epochs", "6")
+    log = place / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command(*flags, "--logging_steps", "1", "--output_dir", "cut"),
+            cwd=place,
+            env=environment(),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    deadline = time.monotonic() + 120
+    while "global step 3," not in log.read_text():
+        assert time.monotonic() < deadline, log.read_text()
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143, log.read_text()
+    assert log.read_text().count("eval loss") < 6
+    on = call(place, *flags, "--output_dir", "cut")
+    assert on.returncode == 0, on.stderr
+    assert "going on from step" in on.stdout
+    assert on.stdout.count("examples from data/glue/SST-2/dev.tsv") == 1  # one process speaks
+    assert on.stderr.count("wanted SST-2's official 872 rows") == 1
+    assert json.loads((place / "cut" / "result.json").read_text())["steps"] == 6 * 16
+    manifest.verify_folder(place / "cut")
+    assert not (place / "cut" / "state").exists()

@@ -148,17 +148,12 @@ def test_a_hostfile_starts_both_hosts_and_a_signal_to_one_stops_both(
     hostfile.write_text("10.99.0.1 slots=1\n10.99.0.2 slots=1\n")
     logs = [tmp_path / f"{number}.log" for number in range(2)]
     _, run, *flags = _command(tmp_path, data, 400, seconds_a_step=0.2)
-    slow_launcher = tmp_path / "launcher.py"
-    slow_launcher.write_text(
-        f"import sys\nsys.path.insert(0, {str(toy.REPOSITORY)!r})\n"
-        "from pathlib import Path\nfrom pretrain import launcher\n"
-        f"launcher._SCRIPT = Path({run!r})\nsys.exit(launcher.main())\n"
-    )
+    launcher = str(toy.REPOSITORY / "zerobert" / "launcher.py")
     rendezvous = ["--no_ssh", "--master_addr", "10.99.0.1", "--master_port", "29501"]
     launchers = []
     for number, log in enumerate(logs):
         machines = ["--hostfile", str(hostfile), *rendezvous, "--node_rank", str(number)]
-        command = [sys.executable, str(slow_launcher), *machines, *flags]
+        command = [sys.executable, launcher, str(run), *machines, *flags]
         launchers.append(hosts.start(number, command, log))
     deadline = time.monotonic() + toy.TIMEOUT_S
     while not (tmp_path / "out" / "state_4").exists():

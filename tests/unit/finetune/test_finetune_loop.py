@@ -25,29 +25,36 @@ CONFIG = BertConfig(
     intermediate_size=32,
     max_position_embeddings=64,
 )
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+BF16 = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+
+
+def deepspeed(**changes) -> dict:
+    params = {"lr": 1e-2, "weight_decay": 0.01, "eps": 1e-6}
+    return {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": 1.0,
+        "optimizer": {"type": "AdamW", "params": {**params, **changes.pop("params", {})}},
+        **changes,
+    }
+
+
 SETTINGS = loop.Settings(
-    batch_size=4,
-    learning_rate=1e-2,
+    deepspeed=deepspeed(),
     num_epochs=2,
     max_steps=None,
     schedule=ScheduleConfig(warmup_proportion=0.1),
-    weight_decay=0.01,
-    adam_epsilon=1e-6,
-    max_grad_norm=1.0,
     logging_steps=1,
     save_steps=None,
     seed=3,
-    precision="fp32",
 )
+pytestmark = pytest.mark.usefixtures("group")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Matrices this small are slower on more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+class NobodyStops:
+    """What the loop asks whether a signal came."""
+
+    exit_code = 0
 
 
 def make_split(num_examples: int = 10, *, regression: bool = False) -> loop.Encoded:
@@ -69,10 +76,23 @@ def make_model(num_labels: int = 2, **changes) -> BertForSequenceClassification:
     return BertForSequenceClassification(dataclasses.replace(CONFIG, **changes), num_labels)
 
 
-def run(settings: loop.Settings, num_examples: int = 10) -> tuple[dict, list[tuple[int, bool]]]:
+def train(model, split, settings, stop=None, first_step=0) -> list[loop.Review]:
+    engine = loop.start_engine(model, settings)
+    return list(loop.train(engine, split, settings, stop or NobodyStops(), first_step=first_step))
+
+
+def predict(model, split) -> np.ndarray:
+    return loop.predict(loop.plain_forward(model, deepspeed(), CPU), split, CPU)
+
+
+def run(settings: loop.Settings, num_examples: int = 10) -> tuple[dict, list[loop.Review]]:
     model = make_model()
-    stops = list(loop.train(model, make_split(num_examples), settings, CPU))
-    return model.state_dict(), stops
+    reviews = train(model, make_split(num_examples), settings)
+    return model.state_dict(), reviews
+
+
+def logged_losses(capsys) -> list[float]:
+    return [float(x) for x in re.findall(r"loss: ([\d.]+)", capsys.readouterr().out)]
 
 
 def test_every_example_once_an_epoch() -> None:
@@ -111,7 +131,7 @@ def test_width_is_a_multiple_of_eight_within_the_limit(longest: int, width: int)
         labels=None,
         max_seq_length=20,
     )
-    ids, mask, segments = loop.make_batch(split, np.array([1, 0]), CPU)
+    ids, mask, segments = split.inputs(np.array([1, 0]), CPU).values()
     assert ids.shape == mask.shape == segments.shape == (2, width)
     assert ids[1].tolist() == [7] * 3 + [0] * (width - 3)
     assert mask.sum(1).tolist() == [longest, 3]
@@ -139,7 +159,7 @@ def test_losses_by_hand() -> None:
 
 def test_logits_come_in_the_splits_order_and_do_not_depend_on_the_batch() -> None:
     model, split = make_model(), make_split(150)  # more than one evaluation batch
-    together = loop.predict(model, split, "fp32", CPU)
+    together = predict(model, split)
     for i in (0, 70, 149):
         ids = torch.tensor([split.input_ids[i]])
         alone = model(ids, torch.ones_like(ids), torch.zeros_like(ids))
@@ -148,19 +168,16 @@ def test_logits_come_in_the_splits_order_and_do_not_depend_on_the_batch() -> Non
 
 def test_evaluation_loss_is_the_mean_over_examples() -> None:
     split = make_split(7)
-    logits = loop.predict(make_model(), split, "fp32", CPU)
+    logits = predict(make_model(), split)
     expected = F.cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(split.labels))
     assert loop.mean_loss(logits, split.labels) == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_training_is_that_of_a_plain_loop(capsys) -> None:
     settings = dataclasses.replace(SETTINGS, max_steps=4)
-    split, no_dropout = (
-        make_split(),
-        {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    )
-    ours, plain = make_model(**no_dropout), make_model(**no_dropout)
-    assert list(loop.train(ours, split, settings, CPU)) == [(3, False), (4, False)]
+    split = make_split()
+    ours, plain = make_model(**NO_DROPOUT), make_model(**NO_DROPOUT)
+    assert [review.step for review in train(ours, split, settings)] == [3, 4]
 
     named = list(plain.named_parameters())
     undecayed = [p for name, p in named if "LayerNorm" in name or name.endswith("bias")]
@@ -234,6 +251,65 @@ def test_same_seed_same_weights() -> None:
         assert torch.equal(tensor, again[name]), name
 
 
+def test_micro_batches_add_up_to_the_batch() -> None:
+    """An epoch's last batch of 2 is cut into 4 micro-batches, two of which have nothing."""
+    weights = []
+    for micro, accumulation in ((4, 1), (1, 4)):
+        model = make_model(**NO_DROPOUT)
+        keys = {
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": accumulation,
+        }
+        train(model, make_split(), dataclasses.replace(SETTINGS, deepspeed=deepspeed(**keys)))
+        weights.append(model.state_dict())
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], atol=2e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's, at DeepSpeed's collectives
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_loop_trains_alike_at_each_stage(stage: int, capsys) -> None:
+    losses = []
+    for chosen in (0, stage):
+        settings = dataclasses.replace(
+            SETTINGS, deepspeed=deepspeed(zero_optimization={"stage": chosen})
+        )
+        train(make_model(**NO_DROPOUT), make_split(), settings)
+        losses.append(logged_losses(capsys))
+    assert len(losses[0]) == 6
+    assert losses[0] == pytest.approx(losses[1], abs=2e-6)
+
+
+def test_lamb_trains_too(capsys) -> None:
+    lamb = deepspeed()
+    lamb["optimizer"]["type"] = "Lamb"
+    losses = []
+    for keys in (lamb, deepspeed()):
+        train(make_model(), make_split(), dataclasses.replace(SETTINGS, deepspeed=keys))
+        losses.append(logged_losses(capsys))
+    assert losses[0][0] == losses[1][0]
+    assert losses[0][-1] != losses[1][-1]
+
+
+def test_a_signal_ends_the_training_after_its_step() -> None:
+    stop = NobodyStops()
+    engine = loop.start_engine(make_model(), SETTINGS)
+    reviews = []
+    for review in loop.train(engine, make_split(40), SETTINGS, stop):
+        reviews.append((review.step, review.exit_code))
+        stop.exit_code = 143
+    assert reviews == [(10, 0), (11, 143)]
+
+
+def test_a_later_start_goes_on_with_the_same_batches(capsys) -> None:
+    """From the same weights, at a rate of nearly nothing, a step's loss tells its batch."""
+    still = dataclasses.replace(SETTINGS, deepspeed=deepspeed(params={"lr": 1e-12}))
+    train(make_model(**NO_DROPOUT), make_split(), still)
+    whole = logged_losses(capsys)
+    train(make_model(**NO_DROPOUT), make_split(), still, first_step=2)
+    assert logged_losses(capsys) == whole[2:]
+
+
 @pytest.mark.parametrize(
     ("changes", "stops"),
     [
@@ -245,23 +321,24 @@ def test_same_seed_same_weights() -> None:
     ],
 )
 def test_stops_for_reviews(changes: dict, stops: list) -> None:
-    assert run(dataclasses.replace(SETTINGS, **changes))[1] == stops
+    reviews = run(dataclasses.replace(SETTINGS, **changes))[1]
+    assert [(review.step, review.saves) for review in reviews] == stops
 
 
 def test_bf16_trains_close_to_fp32(capsys) -> None:
     losses = []
-    for precision in ("fp32", "bf16"):
-        run(dataclasses.replace(SETTINGS, precision=precision, max_steps=1))
-        losses.append(float(re.search(r"loss: ([\d.]+)", capsys.readouterr().out)[1]))
+    for sections in ({}, BF16):
+        run(dataclasses.replace(SETTINGS, deepspeed=deepspeed(**sections), max_steps=1))
+        losses += logged_losses(capsys)
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], abs=0.02)
 
 
 def test_regression_trains_towards_the_scores() -> None:
     model, split = make_model(num_labels=1), make_split(regression=True)
-    before = loop.mean_loss(loop.predict(model, split, "fp32", CPU), split.labels)
-    list(loop.train(model, split, dataclasses.replace(SETTINGS, num_epochs=15), CPU))
-    after = loop.mean_loss(loop.predict(model, split, "fp32", CPU), split.labels)
+    before = loop.mean_loss(predict(model, split), split.labels)
+    train(model, split, dataclasses.replace(SETTINGS, num_epochs=15))
+    after = loop.mean_loss(predict(model, split), split.labels)
     assert after < 0.5 * before
 
 
@@ -270,24 +347,27 @@ def test_a_loss_that_is_no_number_stops_the_run() -> None:
     with torch.no_grad():
         model.classifier.weight.fill_(math.nan)
     with pytest.raises(TrainingDivergedError, match="the loss is nan at step 1: lower --learning"):
-        list(loop.train(model, make_split(), SETTINGS, CPU))
+        train(model, make_split(), SETTINGS)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("batch_size", 0),
-        ("learning_rate", -1.0),
         ("num_epochs", 0.0),
         ("max_steps", 0),
         ("save_steps", -5),
         ("logging_steps", 0),
-        ("weight_decay", -0.1),
         ("layer_decay", 0.0),
         ("layer_decay", 1.5),
-        ("learning_rate", math.nan),
+        ("patience", 0),
     ],
 )
 def test_settings_out_of_range_are_refused(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"--.*{name}: wanted .* got {value}"):
         dataclasses.replace(SETTINGS, **{name: value})
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, math.nan])
+def test_a_rate_that_is_none_is_refused(rate: float) -> None:
+    with pytest.raises(ConfigError, match=f"--learning_rate: wanted above 0, got {rate}"):
+        dataclasses.replace(SETTINGS, deepspeed=deepspeed(params={"lr": rate}))

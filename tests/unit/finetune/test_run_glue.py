@@ -1,3 +1,4 @@
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -5,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune import glue, run_glue
+from finetune import experiment, glue, job, loop, run_glue
 from finetune.tasks import TASKS, find_task
 from zerobert import manifest
-from zerobert.checkpoint import load_weights, open_model, save_model
+from zerobert.checkpoint import load_weights, newest_model, open_model, save_model
 from zerobert.config import BertConfig
 from zerobert.errors import (
     CheckpointError,
@@ -38,13 +39,9 @@ SENTENCES = [
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(monkeypatch):
-    """Matrices this small are slower on more; and no folder of the machine is to be found."""
+def _no_data_of_the_machine(monkeypatch):
+    """No folder of the machine is to be found."""
     monkeypatch.delenv("GLUE_DIR", raising=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -99,7 +96,7 @@ def test_a_slow_precision_is_said(pretrained: Path, root: Path, monkeypatch, cap
     def slow(device: torch.device, precision: str) -> str:
         return f"{precision} is slow on this {device.type}"
 
-    monkeypatch.setattr(run_glue, "slow_precision", slow)
+    monkeypatch.setattr(experiment, "slow_precision", slow)
     flags = ("--task_name", "sst2", "--max_steps", "1", "--n_gpu", "0", "--precision", "bf16")
     run(monkeypatch, *flags)
     assert "warning: bf16 is slow on this cpu\n" in capsys.readouterr().out
@@ -114,7 +111,7 @@ def test_defaults_are_the_newest_model_data_glue_and_the_tasks_row(
     result = json.loads((out / "result.json").read_text())
     assert set(result) == {
         *("task", "metric", "value", "metrics", "majority_baseline", "eval_loss"),
-        *("num_eval_samples", "seed", "steps", "model", "wall_s"),
+        *("num_eval_samples", "seed", "steps", "kept_step", "model", "wall_s"),
     }
     assert (result["task"], result["metric"]) == ("SST-2", "accuracy")
     assert (result["num_eval_samples"], result["seed"], result["steps"]) == (16, 42, 3)
@@ -125,7 +122,8 @@ def test_defaults_are_the_newest_model_data_glue_and_the_tasks_row(
     predictions = (out / "SST-2.tsv").read_text().splitlines()
     assert [line.split("\t")[0] for line in predictions] == ["index", "0", "1"]
     record = manifest.read_manifest(out)
-    assert record.config["settings"]["learning_rate"] == 2e-5
+    assert record.config["run"]["settings"]["deepspeed"]["optimizer"]["params"]["lr"] == 2e-5
+    assert not (out / "state").exists()
     train = root / "SST-2" / "train.tsv"
     assert record.inputs["data/glue/SST-2/train.tsv"] == manifest.sha256_file(train)
     assert "92.88" in capsys.readouterr().out  # the published figure stands beside ours
@@ -191,6 +189,147 @@ def test_several_seeds_keep_the_best_and_tell_the_median(
     assert Path("out/model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
 
 
+def test_the_best_model_is_kept_and_patience_ends_the_training(
+    pretrained: Path, root: Path, monkeypatch, capsys
+) -> None:
+    values = iter([0.5, 0.75, 0.6, 0.7, 0.9])
+    evaluate = job.evaluate
+
+    def scripted(*args) -> job.Evaluation:
+        found = evaluate(*args)
+        return job.Evaluation(loss=found.loss, metrics={"accuracy": next(values)})
+
+    monkeypatch.setattr(job, "evaluate", scripted)
+    flags = ("--task_name", "sst2", "--num_train_epochs", "9", "--save_steps", "1")
+    result = run(monkeypatch, *flags, "--early_stopping_patience", "2", "--output_dir", "out")
+    assert (result["steps"], result["kept_step"], result["value"]) == (4, 2, 0.75)
+    kept, second = Path("out/model.safetensors"), Path("out/step_2/model.safetensors")
+    assert kept.read_bytes() == second.read_bytes()
+    assert next(values) == 0.9  # nothing was evaluated once more
+    printed = capsys.readouterr().out
+    assert "no better accuracy in the last 2 evaluations; that of step 2 is kept" in printed
+    assert not Path("out/state").exists()
+
+
+def ended_after(monkeypatch, steps: int):
+    """Let a signal come in the training's n-th step; returns what makes an end of that."""
+    count = itertools.count(1)
+    flags = loop.signals.flags
+    monkeypatch.setattr(loop.signals, "flags", lambda _: [float(next(count) == steps), 0.0])
+    return lambda: monkeypatch.setattr(loop.signals, "flags", flags)
+
+
+def test_a_run_that_was_ended_goes_on_bit_for_bit(
+    pretrained: Path, root: Path, monkeypatch, capsys
+) -> None:
+    flags = ("--task_name", "sst2", "--batch_size", "3", "--learning_rate", "1e-3")
+    flags = (*flags, "--load_best_model_at_end", "--num_train_epochs", "4")
+    whole = run(monkeypatch, *flags, "--output_dir", "whole")
+    let_go_on = ended_after(monkeypatch, 5)
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *flags, "--output_dir", "cut")
+    assert stopped.value.code == 143
+    let_go_on()
+    assert sorted(path.name for path in Path("cut").iterdir()) == ["state"]
+    with pytest.raises(ConfigError, match=r"params\.lr was 0\.001, is 0\.002; use"):
+        run(monkeypatch, *flags, "--learning_rate", "2e-3", "--output_dir", "cut")
+    capsys.readouterr()
+    result = run(monkeypatch, *flags, "--output_dir", "cut")
+    assert "going on from step 5" in capsys.readouterr().out
+    assert {**result, "wall_s": 0} == {**whole, "wall_s": 0}
+    weights = [Path(out, "model.safetensors").read_bytes() for out in ("whole", "cut")]
+    assert weights[0] == weights[1]
+
+
+def test_an_ended_glue_run_keeps_what_it_has_finished(
+    pretrained: Path, root: Path, monkeypatch, capsys
+) -> None:
+    flags = ("--task_name", "glue", "--max_steps", "2", "--seeds", "1,2", "--output_dir", "out")
+    let_go_on = ended_after(monkeypatch, 7)  # in the second task's second seed
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *flags)
+    let_go_on()
+    finished = Path("out/SST-2/result.json").stat().st_mtime_ns
+    capsys.readouterr()
+    run(monkeypatch, *flags)
+    printed = capsys.readouterr().out
+    assert "SST-2: finished in out/SST-2" in printed
+    assert "STS-B: seed 1 is finished in out/STS-B/seed_1" in printed
+    assert Path("out/SST-2/result.json").stat().st_mtime_ns == finished
+    assert json.loads(Path("out/glue.json").read_text())["is_finished"]
+    run(monkeypatch, *flags)  # the run is whole: everything anew
+    assert Path("out/SST-2/result.json").stat().st_mtime_ns != finished
+
+
+def test_a_classifier_of_other_labels_is_new(
+    pretrained: Path, root: Path, monkeypatch, capsys
+) -> None:
+    nothing = ("--max_steps", "1", "--learning_rate", "1e-12")
+    run(monkeypatch, "--task_name", "sst2", *nothing, "--output_dir", "first")
+    again = ("--model_name_or_path", "first", "--output_dir", "again")
+    run(monkeypatch, "--task_name", "sst2", *nothing, *again)
+    assert "SST-2: the classifier of first is trained on" in capsys.readouterr().out
+    rows = "".join(f"{text}\t{('no', 'yes')[label]}\n" for text, label in SENTENCES)
+    write(Path("own.tsv"), "text\tlabel\n" + rows)
+    own = ("--train_file", "own.tsv", "--dev_file", "own.tsv", "--text_columns", "text")
+    run(
+        monkeypatch,
+        *("--task_name", "custom", *own, "--label_column", "label", *nothing),
+        *("--model_name_or_path", "first", "--output_dir", "other", "--seed", "7"),
+    )
+    assert "the classifier of" not in capsys.readouterr().out
+    first, again, other = (classifier(out) for out in ("first", "again", "other"))
+    assert torch.allclose(first, again, atol=1e-6)
+    assert not torch.allclose(first, other, atol=1e-3)
+
+
+def classifier(out: str) -> torch.Tensor:
+    model = BertForSequenceClassification(CONFIG, 2)
+    load_weights(model, open_model(out))
+    return model.classifier.weight
+
+
+def test_tasks_that_gain_from_mnli_start_from_it(pretrained: Path, root: Path, monkeypatch) -> None:
+    with pytest.raises(ConfigError, match="--from_mnli: STS-B starts from a model fine-tuned on M"):
+        run(monkeypatch, "--task_name", "stsb", "--from_mnli")
+    run(monkeypatch, "--task_name", "glue", "--from_mnli", "--max_steps", "1", "--output_dir", "o")
+    tasks = json.loads(Path("o/glue.json").read_text())["tasks"]
+    assert list(tasks) == ["MNLI", "SST-2", "STS-B", "AX"]
+    assert tasks["STS-B"]["model"]["path"] == tasks["AX"]["model"]["path"] == "o/MNLI"
+    assert tasks["SST-2"]["model"]["path"] == "runs/tiny/model_7"
+
+
+def test_a_file_of_deepspeed_s_settings(pretrained: Path, root: Path, monkeypatch) -> None:
+    """One for the Trainer of Hugging Face is read, too: `auto` is for flags to say."""
+    keys = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": "auto",
+        "fp16": {"enabled": "auto", "loss_scale": 0},
+        "zero_optimization": {"stage": 1},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.98]}},
+        "bert": {"kernels": {"packing": False}},
+    }
+    write(Path("ds.json"), json.dumps(keys))
+    flags = ("--task_name", "sst2", "--deepspeed_config", "ds.json", "--output_dir", "out")
+    result = run(monkeypatch, *flags, "--learning_rate", "1e-4")
+    assert result["steps"] == 3  # 16 examples in one batch of 8 x 2, three epochs
+    settings = manifest.read_manifest(Path("out")).config["run"]["settings"]
+    assert settings["deepspeed"]["optimizer"] == {
+        "type": "AdamW",
+        "params": {"lr": 1e-4, "weight_decay": 0.01, "eps": 1e-6, "betas": [0.9, 0.98]},
+    }
+    assert settings["deepspeed"]["gradient_clipping"] == 1.0
+    assert not settings["kernels"]["packing"]
+    write(Path("ds.json"), json.dumps({"scheduler": {"type": "WarmupLR"}}))
+    with pytest.raises(ConfigError, match=r"ds\.json: scheduler: fine-tuning's rate rises"):
+        run(monkeypatch, *flags)
+    write(Path("ds.json"), json.dumps({"bert": {"model": {"size": "base"}}}))
+    with pytest.raises(ConfigError, match="bert: unknown key 'model'; known keys: kernels"):
+        run(monkeypatch, *flags)
+
+
 def test_regression_writes_a_model_with_one_output(
     pretrained: Path, root: Path, monkeypatch
 ) -> None:
@@ -214,7 +353,7 @@ def test_glue_runs_what_there_is_data_for_and_ax_on_mnlis_model(
     assert table["tasks"]["AX"]["value"] is None
     assert set(table["tasks"]["MNLI"]["metrics"]) == {"accuracy", "accuracy_mismatched"}
     assert (out / "AX" / "AX.tsv").read_text().startswith("index\tprediction\n0\t")
-    assert run_glue.newest_model(Path("runs")) == Path("runs/tiny/model_7")
+    assert newest_model(Path("runs")) == Path("runs/tiny/model_7")
     printed = capsys.readouterr().out
     assert "84.42/84.83" in printed
     assert "predictions only" in printed
@@ -273,8 +412,9 @@ def test_own_regression(pretrained: Path, monkeypatch) -> None:
             DataError,
             "--data_dir data: found no train",
         ),
-        (["--task_name", "sst2", "--n_gpu", "2"], ConfigError, "--n_gpu 2: .* one process"),
-        (["--task_name", "sst2", "--deepspeed_config", "x.json"], ConfigError, "without DeepSpeed"),
+        (["--task_name", "sst2", "--deepspeed_config", "x.json"], ConfigError, "x.json: no such"),
+        (["--task_name", "sst2", "--batch_size", "0"], ConfigError, "whole numbers above 0, got 0"),
+        (["--task_name", "sst2", "--weight_decay", "-1"], ConfigError, "weight_decay: wanted a"),
         (["--task_name", "sst2", "--seeds", "1,x"], ConfigError, "--seeds: wanted different"),
         (["--task_name", "sst2", "--seeds", "1,1"], ConfigError, "--seeds: wanted different"),
         (["--task_name", "sst2", "--max_steps", "0"], ConfigError, "--max_steps: wanted 1 or more"),
@@ -360,14 +500,13 @@ def test_results_stand_beside_published_ones() -> None:
     ]
 
 
-def test_cpu_is_said_where_a_gpu_was_asked_for(monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("flags", [("--n_gpu", "1"), ("--device", "gpu")])
+def test_cpu_is_said_where_a_gpu_was_asked_for(
+    pretrained: Path, root: Path, monkeypatch, capsys, flags: tuple[str, str]
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert run_glue.choose_device(1) == torch.device("cpu")
-    assert "no CUDA device; running on the CPU" in capsys.readouterr().out
-    assert run_glue.choose_device(None) == run_glue.choose_device(0) == torch.device("cpu")
-    assert capsys.readouterr().out == ""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert run_glue.choose_device(1) == run_glue.choose_device(None) == torch.device("cuda")
+    run(monkeypatch, "--task_name", "sst2", "--max_steps", "1", *flags)
+    assert "this machine has no CUDA device; running on the CPU" in capsys.readouterr().out
 
 
 def test_a_run_that_diverged_saves_nothing(pretrained: Path, root: Path, monkeypatch) -> None:

@@ -9,11 +9,8 @@ import pytest
 
 from pretrain.config import (
     KNOWN_NAMES,
-    BatchSizes,
     PretrainConfig,
     RunConfig,
-    batch_sizes,
-    check_same_run,
     identity,
     resolve,
     resolved_json,
@@ -22,6 +19,7 @@ from pretrain.config import (
 from pretrain.run import parse_args
 from zerobert import checkpoint
 from zerobert.config import BertConfig
+from zerobert.ds_config import BatchSizes, batch_sizes, check_same_run
 from zerobert.errors import ConfigError
 from zerobert.model import BertForPreTraining
 from zerobert.optim import AdamWParams, LambParams

@@ -13,9 +13,7 @@ import pytest
 
 from pretrain import experiment
 from pretrain.config import (
-    BatchSizes,
     PretrainConfig,
-    batch_sizes,
     resolve,
     resolved_json,
     total_steps,
@@ -24,6 +22,7 @@ from pretrain.run import parse_args
 from tests.conftest import REPOSITORY
 from tests.ranks import run_ranks
 from zerobert.config import SIZES, load_json
+from zerobert.ds_config import BatchSizes, batch_sizes
 from zerobert.optim import AdamWParams, LambParams
 from zerobert.shards import write_shard
 from zerobert.tokenizer import SPECIAL_TOKENS

@@ -1,13 +1,14 @@
 """Start DeepSpeed's launcher, and do what it does not: signals that come in here reach the ranks,
-their exit code goes out, and no process stays behind.
+their exit code goes out, and no process stays behind. `run_rank` is the ranks' end of it.
 
-`python pretrain/launcher.py [--n_gpu N | --hostfile FILE ...] [flags of pretrain/run.py]`
+`python zerobert/launcher.py SCRIPT [--n_gpu N | --hostfile FILE ...] [flags of SCRIPT]`
 
 On several machines the signals go to the ranks of this one, which tell the others.
 """
 
 import contextlib
 import itertools
+import logging
 import os
 import signal
 import socket
@@ -15,17 +16,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import MutableMapping, Sequence
+import warnings
+from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
 from types import FrameType
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pretrain.signals import RANK_FOLDER
-from zerobert.errors import ConfigError, run_script
+from zerobert.errors import (
+    ConfigError,
+    ConnectionLostError,
+    exit_code,
+    print_error,
+    run_script,
+)
+from zerobert.signals import RANK_FOLDER, StopRequest, report_exit
+from zerobert.slurm import adopt_slurm
 
-_SCRIPT = Path(__file__).resolve().with_name("run.py")
 _POLL_S = 0.2
 # Flags of DeepSpeed's launcher for several machines; each takes a value but the last two.
 _MACHINES = (
@@ -37,11 +45,13 @@ _WITHOUT_VALUE = ("--no_ssh", "--no_ssh_check")
 _DEEPSPEED_ENVIRONMENT = ".deepspeed_env"
 
 
-def launch(argv: Sequence[str], num_ranks: int | None, machines: Sequence[str] = ()) -> int:
-    """Run `pretrain/run.py` on some ranks of this machine, or on several machines, to its end.
+def launch(
+    script: Path, argv: Sequence[str], num_ranks: int | None, machines: Sequence[str] = ()
+) -> int:
+    """Run a script on some ranks of this machine, or on several machines, to its end.
 
     Args:
-        argv: the flags of `pretrain/run.py`.
+        argv: the script's flags.
         num_ranks: on this machine; None where `machines` says how many.
         machines: the flags of DeepSpeed's launcher.
 
@@ -57,7 +67,7 @@ def launch(argv: Sequence[str], num_ranks: int | None, machines: Sequence[str] =
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical"]
         if num_ranks is not None:
             command += ["--num_gpus", str(num_ranks), "--master_port", str(_free_port())]
-        command += [*machines, str(_SCRIPT), *argv]
+        command += [*machines, str(script), *argv]
         received: list[signal.Signals] = []
 
         def receive(number: int, frame: FrameType | None) -> None:
@@ -190,19 +200,85 @@ def split_machines(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, machines
 
 
+def start(
+    script: Path, argv: Sequence[str], num_ranks: int | None, work: Callable[[StopRequest], int]
+) -> int:
+    """Do a script's work, or start the launcher where several processes are asked for.
+
+    Args:
+        argv: the script's flags.
+        num_ranks: of `--n_gpu`; 0 is one process on the CPU.
+        work: see `run_rank`.
+
+    Returns:
+        The exit code.
+    """
+    adopt_slurm(os.environ)
+    if num_ranks == 0:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if (num_ranks or 0) > 1 and "RANK" not in os.environ:
+        return launch(script.resolve(), argv, num_ranks)
+    return run_rank(work)
+
+
+def run_rank(work: Callable[[StopRequest], int]) -> int:
+    """Be one of a script's processes: join the others, work, and tell the launcher how it ended.
+
+    Args:
+        work: gets what a signal is remembered in, and returns the exit code.
+    """
+    stop = StopRequest()
+    try:
+        code = _joined(work, stop)
+    except ConnectionLostError as error:
+        report_exit(exit_code(error))
+        print_error(error)
+        sys.stdout.flush()
+        os._exit(exit_code(error))  # threads that wait for the other side would hold the exit up
+    except BaseException as error:
+        report_exit(exit_code(error))
+        raise
+    report_exit(code)
+    return code
+
+
+def _joined(work: Callable[[StopRequest], int], stop: StopRequest) -> int:
+    _quiet()
+    # These take seconds to import: a wrong flag is told before.
+    from zerobert import device, distributed, engine
+
+    device.set_threads()
+    engine.init_distributed()
+    with distributed.connected():
+        return work(stop)
+
+
+def _quiet() -> None:
+    """Keep DeepSpeed's chatter and what is not true here out of a run's output."""
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    # Our LAMB under ZeRO is tested, which DeepSpeed can't know.
+    logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
+    warnings.filterwarnings("ignore", category=FutureWarning)  # one a collective, on new torch
+    choose_accelerator(os.environ)
+
+
 def main() -> int:
-    """Launch with the flags of this command line."""
-    argv, ranks = split_ranks(sys.argv[1:])
+    """Launch the script that this command line begins with."""
+    if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
+        raise ConfigError("wanted the path of a script; see the head of zerobert/launcher.py")
+    script = Path(sys.argv[1])
+    argv, ranks = split_ranks(sys.argv[2:])
     argv, machines = split_machines(argv)
     if ranks == 0 or _asks_for_cpu(argv):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if {"-h", "--help"} & set(argv):
-        return subprocess.call([sys.executable, str(_SCRIPT), "--help"])
+        return subprocess.call([sys.executable, str(script), "--help"])
     if machines:
         if ranks:
             raise ConfigError(f"--n_gpu is for one machine; with {machines[0]} use --num_gpus")
-        return launch(argv, None, machines)
-    return launch(argv, ranks or default_ranks())
+        return launch(script, argv, None, machines)
+    return launch(script, argv, ranks or default_ranks())
 
 
 if __name__ == "__main__":

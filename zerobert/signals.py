@@ -6,6 +6,7 @@ a folder that it names in the environment.
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -34,6 +35,17 @@ class StopRequest:
         if os.environ.get("RANK", "0") == "0":
             # Not print: the signal may have come in the middle of one.
             os.write(2, b"stopping: the step is finished and saved first; Ctrl-C ends at once\n")
+
+
+def flags(stop: StopRequest) -> list[float]:
+    """What the ranks add up, to agree: 1 for each signal that this one has received."""
+    return [float(stop.exit_code == code) for code in (EXIT_TERMINATED, EXIT_INTERRUPTED)]
+
+
+def agreed_code(sums: Sequence[float]) -> int:
+    """The exit code that all ranks' flags ask for, 0 for none."""
+    terminated, interrupted = sums
+    return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED if interrupted else 0
 
 
 def report_exit(code: int) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.launcher import split_machines, split_ranks
 from tests.conftest import REPOSITORY
 from zerobert.errors import ConfigError
+from zerobert.launcher import split_machines, split_ranks
 
 # As DeepSpeed's: starts the ranks, waits for all, ends with 1 when a rank fails, is deaf itself.
 STUB_RUNNER = """
@@ -31,7 +31,7 @@ sys.exit(1 if any([rank.wait() for rank in ranks]) else 0)
 RANK_START = """
 import os, sys, time
 from pathlib import Path
-from pretrain.signals import StopRequest, report_exit
+from zerobert.signals import StopRequest, report_exit
 out, rank = Path(sys.argv[1]), os.environ["RANK"]
 stop = StopRequest()
 (out / f"{rank}.up").write_text(str(os.getpid()))
@@ -60,9 +60,8 @@ class Launch:
         rank = folder / "rank.py"
         rank.write_text(RANK_START + textwrap.dedent(body))
         driver = (
-            "import sys\nfrom pathlib import Path\nfrom pretrain import launcher\n"
-            f"launcher._SCRIPT = Path({str(rank)!r})\n"
-            f"sys.exit(launcher.launch([{str(self.out)!r}], {num_ranks}))\n"
+            "import sys\nfrom pathlib import Path\nfrom zerobert.launcher import launch\n"
+            f"sys.exit(launch(Path({str(rank)!r}), [{str(self.out)!r}], {num_ranks}))\n"
         )
         self.num_ranks = num_ranks
         self.temporary = folder / "temporary"

@@ -1,0 +1,207 @@
+"""From flags to runs: which tasks, from which model, with which settings and seeds."""
+
+import argparse
+import contextlib
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune import config, glue, job, loop
+from finetune.data import find_labels, parse_columns
+from finetune.output import check_output
+from finetune.tasks import Task, custom_task, find_task, plain
+from zerobert import distributed
+from zerobert.checkpoint import newest_model
+from zerobert.device import slow_precision
+from zerobert.engine import computes_in
+from zerobert.errors import ConfigError
+from zerobert.manifest import is_complete
+from zerobert.schedule import ScheduleConfig
+from zerobert.signals import StopRequest
+
+RUNS = Path("runs")
+FINETUNED = RUNS / "finetune"
+
+
+def run(args: argparse.Namespace, stop: StopRequest) -> int:
+    """Fine-tune as the flags of `run_glue.py` say; collective.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ZerobertError: what the user can mend.
+        SystemExit: a signal asked to end.
+    """
+    # Without network it would print ten lines of retries before our one.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    with contextlib.ExitStack() as stack:
+        if not distributed.is_main():  # one process prints for all
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+        if (args.n_gpu == 1 or args.device == "gpu") and not torch.cuda.is_available():
+            print("this machine has no CUDA device; running on the CPU")
+        if plain(args.task_name) == "glue":
+            run_all(args, stop)
+        else:
+            run_one(args, stop)
+    return 0
+
+
+def run_one(args: argparse.Namespace, stop: StopRequest) -> None:
+    """Fine-tune on the task that was named."""
+    with distributed.one_voice():
+        task = custom_row(args) if plain(args.task_name) == "custom" else find_task(args.task_name)
+        model = args.model_name_or_path or default_model(task, from_mnli=args.from_mnli)
+    out = args.output_dir or FINETUNED / task.name
+    result = run_task(args, task, model, out, stop)
+    print(glue.format_results([result], title=f"{task.name} ({out})"))
+
+
+def run_all(args: argparse.Namespace, stop: StopRequest) -> None:
+    """Fine-tune on every task that there is data for; the table is also in `glue.json`.
+
+    What an earlier call that did not come to its end has finished is not done again.
+    """
+    with distributed.one_voice():
+        model = args.model_name_or_path or str(newest_model(RUNS))
+        tasks = glue.available_tasks(args.data_dir)
+        out = args.output_dir or FINETUNED
+        reuses = args.resume == "auto" and glue.is_unfinished(out / "glue.json")
+    if args.from_mnli:
+        tasks = sorted(tasks, key=lambda task: task.name != "MNLI")
+    results: list[dict[str, Any]] = []
+    for task in tasks:
+        source = task.trained_on or (task.gains_from if args.from_mnli else "")
+        has_source = any(result["task"] == source for result in results)
+        begin = str(out / source) if has_source else model
+        results.append(run_task(args, task, begin, out / task.name, stop, reuses=reuses))
+        with distributed.one_voice():
+            if distributed.is_main():
+                is_last = len(results) == len(tasks)
+                glue.write_results(out / "glue.json", results, is_finished=is_last)
+    print(glue.format_results(results, title=f"GLUE dev sets, {model}"))
+    print(f"models, predictions and {out / 'glue.json'} are in {out}/")
+
+
+def run_task(
+    args: argparse.Namespace,
+    task: Task,
+    model: str,
+    out: Path,
+    stop: StopRequest,
+    *,
+    reuses: bool = False,
+) -> dict[str, Any]:
+    """Fine-tune on one task with every seed asked for; collective.
+
+    Args:
+        reuses: a finished result of the very same run is taken as it is.
+    """
+    with distributed.one_voice():
+        seeds = parse_seeds(args)
+        settings = choose_settings(args, task, seeds[0])
+        check_output(out, Path(model))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if slow := slow_precision(device, computes_in(settings.deepspeed)):
+            print(f"warning: {slow}")
+        prepared = job.prepare(
+            task,
+            model=model,
+            random_init=args.random_init,
+            data_dir=args.data_dir,
+            max_seq_length=args.max_seq_length,
+            do_predict=args.do_predict,
+        )
+        done = job.finished(prepared, settings, seeds, out) if reuses else None
+    if done is not None:
+        print(f"{task.name}: finished in {out}")
+        return done
+    return job.run_seeds(prepared, settings, seeds, out, stop, resumes=args.resume == "auto")
+
+
+def default_model(task: Task, *, from_mnli: bool) -> str:
+    """The newest pretrained model, or the fine-tuned one for a task that can't be trained on or
+    is to start from it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    source = task.trained_on or (task.gains_from if from_mnli else "")
+    if not source:
+        return str(newest_model(RUNS))
+    folder = FINETUNED / source
+    if not is_complete(folder):
+        why = (
+            f"{task.name} has no training set, a model fine-tuned on {source} answers it"
+            if task.trained_on
+            else f"--from_mnli: {task.name} starts from a model fine-tuned on {source}"
+        )
+        raise ConfigError(
+            f"{why}: there is none in {folder}; run --task_name {source} first or give "
+            "--model_name_or_path"
+        )
+    return str(folder)
+
+
+def custom_row(args: argparse.Namespace) -> Task:
+    """The task that the user's own files make.
+
+    Raises:
+        ConfigError: a flag is missing.
+    """
+    needed = ("train_file", "dev_file", "text_columns", "label_column")
+    if missing := [f"--{name}" for name in needed if getattr(args, name) is None]:
+        raise ConfigError(f"--task_name custom: also give {', '.join(missing)}")
+    if args.do_predict and args.test_file is None:
+        raise ConfigError("--do_predict: --task_name custom also needs --test_file")
+    return custom_task(
+        train_file=args.train_file,
+        dev_file=args.dev_file,
+        test_file=args.test_file,
+        text_columns=parse_columns(args.text_columns),
+        label_column=args.label_column,
+        labels=() if args.regression else find_labels(args.train_file, args.label_column),
+    )
+
+
+def choose_settings(args: argparse.Namespace, task: Task, seed: int) -> loop.Settings:
+    """The flags, and the task's own settings where there is none.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    deepspeed, kernels = config.deepspeed_config(args, task)
+    epochs = args.num_train_epochs
+    return loop.Settings(
+        deepspeed=deepspeed,
+        kernels=kernels,
+        num_epochs=task.num_epochs if epochs is None else epochs,
+        max_steps=None if args.max_steps == -1 else args.max_steps,
+        schedule=ScheduleConfig(
+            warmup_steps=args.warmup_steps, warmup_proportion=args.warmup_proportion
+        ),
+        layer_decay=args.layer_decay,
+        logging_steps=args.logging_steps,
+        save_steps=args.save_steps,
+        seed=seed,
+        keeps_best=args.load_best_model_at_end or args.early_stopping_patience is not None,
+        patience=args.early_stopping_patience,
+    )
+
+
+def parse_seeds(args: argparse.Namespace) -> list[int]:
+    """`--seeds 1,2,3`, or the one `--seed`.
+
+    Raises:
+        ConfigError: not numbers, or one twice.
+    """
+    if args.seeds is None:
+        return [args.seed]
+    words = args.seeds.split(",")
+    if not all(word.strip().isdecimal() for word in words) or len(set(words)) < len(words):
+        raise ConfigError(f"--seeds: wanted different numbers as 1,2,3, got {args.seeds!r}")
+    return [int(word) for word in words]
