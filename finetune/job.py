@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from finetune import data, loop, metrics, output
-from finetune.data import Labels
+from finetune import data, loop, metrics, output, report
+from finetune.data import Examples, Labels
 from finetune.tasks import Split, Task
 from zerobert import checkpoint, manifest
 from zerobert.checkpoint import ModelFolder
@@ -33,6 +35,8 @@ class Job:
     train: loop.Encoded | None
     dev: tuple[loop.Encoded, ...]
     test: tuple[loop.Encoded, ...]
+    dev_examples: tuple[Examples, ...]
+    max_seq_length: int
     versions: dict[str, str]
 
 
@@ -68,12 +72,17 @@ def prepare(
     where = data.choose_folder(task, data_dir) if task.folders else Path()
     versions = {"model": _model_version(folder.path), "vocabulary": tokenizer.sha256}
 
-    def read(split: Split) -> loop.Encoded:
+    def read(split: Split) -> Examples:
         examples = data.load_split(task, split, where)
         versions[examples.source] = examples.version
         print(f"{task.name}: {len(examples)} examples from {examples.source}")
+        return examples
+
+    def encode(examples: Examples) -> loop.Encoded:
         return loop.encode(examples, tokenizer, max_seq_length=length)
 
+    train = encode(read(task.train)) if task.train else None
+    dev_examples = tuple(read(split) for split in task.dev)
     needs_test = do_predict or not task.train
     return Job(
         task=task,
@@ -81,9 +90,11 @@ def prepare(
         tokenizer=tokenizer,
         random_init=random_init and task.train is not None,
         device=device,
-        train=read(task.train) if task.train else None,
-        dev=tuple(read(split) for split in task.dev),
-        test=tuple(read(split) for split in task.test) if needs_test else (),
+        train=train,
+        dev=tuple(encode(examples) for examples in dev_examples),
+        test=tuple(encode(read(split)) for split in task.test) if needs_test else (),
+        dev_examples=dev_examples,
+        max_seq_length=length,
         versions=versions,
     )
 
@@ -157,16 +168,18 @@ def run(job: Job, settings: loop.Settings, out: Path) -> dict[str, Any]:
             is_regression=job.task.is_regression,
         )
         _write_predictions(job, model, settings.precision, staging)
+        _write_report(job, settings, evaluation, result, staging / report.REPORT_NAME)
         manifest.write_json(staging / output.RESULT_NAME, result)
     return result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The loss on the main dev set, and the metrics of all of them."""
+    """The loss on the main dev set, and the metrics and the logits NC of all of them."""
 
     loss: float | None
     metrics: dict[str, float]
+    logits: tuple[npt.NDArray[np.float32], ...] = ()
 
 
 def evaluate(
@@ -179,9 +192,11 @@ def evaluate(
     """
     losses: list[float] = []
     scores: dict[str, float] = {}
+    logits: list[npt.NDArray[np.float32]] = []
     for split, encoded in zip(job.task.dev, job.dev, strict=True):
         labels = _labels(encoded)
         logits_NC = loop.predict(model, encoded, precision, job.device)
+        logits.append(logits_NC)
         losses.append(loop.mean_loss(logits_NC, labels))
         loop.check_finite(losses[-1], step)
         split_scores = metrics.score(job.task, labels, metrics.answers(job.task, logits_NC))
@@ -190,7 +205,7 @@ def evaluate(
         f"{name.replace('accuracy', 'accu')}: {value:f}" for name, value in scores.items()
     )
     print(f"eval loss: {losses[0]:f}, {shown}", flush=True)
-    return Evaluation(loss=losses[0], metrics=scores)
+    return Evaluation(loss=losses[0], metrics=scores, logits=tuple(logits))
 
 
 def _labels(encoded: loop.Encoded) -> Labels:
@@ -213,6 +228,38 @@ def _write_predictions(
         logits_NC = loop.predict(model, encoded, precision, job.device)
         given = metrics.answers(job.task, logits_NC)
         metrics.write_predictions(folder / f"{split.submission}.tsv", job.task, given)
+
+
+def _write_report(
+    job: Job,
+    settings: loop.Settings,
+    evaluation: Evaluation,
+    result: dict[str, Any],
+    path: Path,
+) -> None:
+    """The model's page; a task without dev sets has none."""
+    if not job.dev:
+        return
+    dev = [
+        report.DevSet(examples=examples, logits_NC=logits_NC, suffix=split.suffix)
+        for split, examples, logits_NC in zip(
+            job.task.dev, job.dev_examples, evaluation.logits, strict=True
+        )
+    ]
+    report.write_report(
+        path,
+        job.task,
+        dev,
+        train_labels=_labels(job.train) if job.train else None,
+        title=f"{job.task.name}, seed {settings.seed}",
+        settings={
+            "model": result["model"],
+            "steps": result["steps"],
+            "max_seq_length": job.max_seq_length,
+            **dataclasses.asdict(settings),
+            "inputs": job.versions,
+        },
+    )
 
 
 def _save_step(
@@ -272,6 +319,7 @@ def _source(job: Job, settings: loop.Settings, step: int) -> dict[str, Any]:
         "model": str(job.folder.path),
         "random_init": job.random_init,
         "step": step,
+        "max_seq_length": job.max_seq_length,
         "settings": dataclasses.asdict(settings),
     }
 

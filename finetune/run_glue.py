@@ -23,9 +23,10 @@ if not __package__:
 
 import torch
 
-from finetune import glue, job, loop
+from finetune import glue, job, loop, submission
 from finetune.data import find_labels, parse_columns
 from finetune.output import check_output
+from finetune.report import REPORT_NAME
 from finetune.tasks import Task, custom_task, find_task, plain
 from zerobert.checkpoint import newest_model
 from zerobert.device import set_threads, slow_precision
@@ -129,20 +130,36 @@ def main() -> int:
         out = args.output_dir or FINETUNED / task.name
         result = run_task(args, task, args.model_name_or_path or default_model(task), out)
         print(glue.format_results([result], title=f"{task.name} ({out})"))
+        if result["metrics"]:
+            print(f"mistakes and settings: {out / REPORT_NAME}")
     return 0
 
 
 def run_all(args: argparse.Namespace) -> None:
-    """Fine-tune on every task that there is data for; the table is also in `glue.json`."""
+    """Fine-tune on every task that there is data for.
+
+    The table is also in `glue.json` and `glue.html`, and the predictions in `submission.zip`.
+    """
     model = args.model_name_or_path or str(newest_model(RUNS))
     out = args.output_dir or FINETUNED
+    title = f"GLUE dev sets, {model}"
     results = []
     for task in glue.available_tasks(args.data_dir):
         start = str(out / task.trained_on) if task.trained_on else model
         results.append(run_task(args, task, start, out / task.name))
         glue.write_results(out / "glue.json", results)
-    print(glue.format_results(results, title=f"GLUE dev sets, {model}"))
+        glue.write_page(out / "glue.html", results, title=title)
+    print(glue.format_results(results, title=title))
     print(f"models, predictions and {out / 'glue.json'} are in {out}/")
+    print(f"the same with links to each task's page: {out / 'glue.html'}")
+    zip_path = out / submission.ZIP_NAME
+    if not args.do_predict:
+        zip_path.unlink(missing_ok=True)  # of other models than those that are here now
+        return
+    missing = submission.write_zip(zip_path, [out / result["task"] for result in results])
+    print(f"for the GLUE server: {zip_path}")
+    if missing:
+        print(f"warning: it lacks {', '.join(missing)}, and the server takes no zip without them")
 
 
 def run_task(args: argparse.Namespace, task: Task, model: str, out: Path) -> dict[str, Any]:
