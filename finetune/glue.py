@@ -115,7 +115,7 @@ def results_table(results: Sequence[Mapping[str, Any]], links: Mapping[str, str]
         + ("" if average is None else f"; the tasks' average is {100 * average:.2f}"),
         header=(
             *("task", "metric", "median", "best", "spread", "majority class", "PaddleNLP"),
-            *("seeds", "rows", "steps"),
+            *("seeds", "steps"),
         ),
         rows=rows,
         links=leads,
@@ -135,6 +135,5 @@ def _metric_row(result: Mapping[str, Any], name: str) -> tuple[str, ...]:
         _percent(result["majority_baseline"] if name == result["metric"] else None),
         "-" if published is None else f"{published:.2f}",
         str(len(runs)),
-        f"{result['num_eval_samples']:,}" if values else "-",
         f"{result['steps']:,}",
     )

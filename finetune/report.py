@@ -21,6 +21,7 @@ from zerobert.page import Table, render_page
 
 REPORT_NAME = "report.html"
 _NUM_WORST = 20
+_MAX_CLASSES = 60  # of more, a square of all and a column for each were no table to read
 _MAX_TEXT = 1000  # characters; more than a model reads, and a page of some documents stays small
 
 
@@ -156,10 +157,13 @@ def confusion(task: Task, dev: DevSet) -> npt.NDArray[np.int64]:
 
 
 def confusion_table(task: Task, dev: DevSet) -> Table:
-    """`confusion` with the classes' names."""
+    """`confusion` with the classes' names; of very many classes, the commonest confusions."""
+    title = f"Answers on {dev.name}"
+    if task.num_outputs > _MAX_CLASSES:
+        return _confusion_list(task, dev, title)
     counts_CC = confusion(task, dev)
     return Table(
-        title=f"Answers on {dev.name}",
+        title=title,
         header=("gold \\ answered", *task.label_names),
         rows=[
             (name, *(f"{count:,}" for count in counts_C))
@@ -168,24 +172,39 @@ def confusion_table(task: Task, dev: DevSet) -> Table:
     )
 
 
-def mistakes_table(task: Task, dev: DevSet) -> Table:
-    """The wrong answers of the greatest loss; rows are counted from 1."""
-    given_N = metrics.answers(task, dev.logits_NC)
-    loss_N = losses(task, dev)
-    chances_NC = metrics.probabilities(dev.logits_NC)
-    wrong = np.flatnonzero(given_N != dev.labels)
-    worst = wrong[np.argsort(-loss_N[wrong], kind="stable")][:_NUM_WORST]
+def _confusion_list(task: Task, dev: DevSet, title: str) -> Table:
+    pairs_N2 = np.stack([dev.labels, metrics.answers(task, dev.logits_NC)], axis=1)
+    wrong_N2 = pairs_N2[pairs_N2[:, 0] != pairs_N2[:, 1]].astype(np.int64)
+    pairs_P2, counts_P = np.unique(wrong_N2, axis=0, return_counts=True)
+    commonest = np.argsort(-counts_P, kind="stable")[:_MAX_CLASSES]
     rows = [
-        (
-            f"{i + 1:,}",
-            *_texts(dev.examples, i),
-            task.label_names[int(dev.labels[i])],
-            task.label_names[int(given_N[i])],
-            *(f"{chance:.4f}" for chance in chances_NC[i]),
-        )
-        for i in worst
+        (*(task.label_names[index] for index in pairs_P2[i]), f"{counts_P[i]:,}") for i in commonest
     ]
-    header = ("row", *task.text_columns, "gold", "answered", *task.label_names)
+    header = ("gold", "answered", "times")
+    return Table(title=f"{title}: the commonest confusions", header=header, rows=rows)
+
+
+def mistakes_table(task: Task, dev: DevSet) -> Table:
+    """The wrong answers of the greatest loss; rows are counted from 1.
+
+    Of very many classes, only those that were gold or answered have their probability.
+    """
+    names = task.label_names
+    is_wide = len(names) > _MAX_CLASSES
+    gold_N = dev.labels.astype(np.int64)
+    given_N = metrics.answers(task, dev.logits_NC).astype(np.int64)
+    loss_N = losses(task, dev)
+    wrong = np.flatnonzero(given_N != gold_N)
+    worst = wrong[np.argsort(-loss_N[wrong], kind="stable")][:_NUM_WORST]
+    rows = []
+    for i in worst:
+        gold, given = gold_N[i], given_N[i]
+        [chances_C] = metrics.probabilities(dev.logits_NC[i : i + 1])
+        shown = chances_C[[gold, given]] if is_wide else chances_C
+        figures = [f"{chance:.4f}" for chance in shown]
+        rows.append((f"{i + 1:,}", *_texts(dev.examples, i), names[gold], names[given], *figures))
+    columns = ("p(gold)", "p(answered)") if is_wide else names
+    header = ("row", *task.text_columns, "gold", "answered", *columns)
     return Table(title=_title("mistakes", len(worst), len(wrong), dev), header=header, rows=rows)
 
 

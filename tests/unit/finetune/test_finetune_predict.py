@@ -61,10 +61,24 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def ask(monkeypatch: pytest.MonkeyPatch, *flags: str, stdin: bytes = b"", model: str = "m") -> None:
+class Terminal(io.TextIOWrapper):
+    """A stdin that somebody types into."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def ask(
+    monkeypatch: pytest.MonkeyPatch,
+    *flags: str,
+    stdin: bytes | Terminal = b"",
+    model: str = "m",
+) -> None:
     argv = ["predict.py", "--model_name_or_path", model, "--n_gpu", "0", *flags]
     monkeypatch.setattr(sys, "argv", argv)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+    if isinstance(stdin, bytes):
+        stdin = io.TextIOWrapper(io.BytesIO(stdin))
+    monkeypatch.setattr(sys, "stdin", stdin)
     assert predict.main() == 0
 
 
@@ -252,6 +266,15 @@ def test_faults_of_the_user(
     with pytest.raises(error, match=message):
         ask(monkeypatch, *flags, stdin=stdin)
     assert Path("in.tsv").read_text() == "a\tb\ngood\ttea\n"
+
+
+def test_whoever_types_gets_each_answer_at_once(place: Path, monkeypatch, capsys) -> None:
+    terminal = Terminal(io.BytesIO(b"good tea\nbad\ttea\n"))
+    with pytest.raises(DataError, match="stdin line 2"):
+        ask(monkeypatch, stdin=terminal)
+    shown = capsys.readouterr()
+    assert shown.out == expected_line("good tea") + "\n"
+    assert shown.err == "a text a line, Ctrl-D ends\n"
 
 
 def test_an_output_file_is_whole_or_as_it_was(place: Path, monkeypatch) -> None:

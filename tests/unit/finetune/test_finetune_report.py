@@ -89,6 +89,25 @@ def test_a_loss_beyond_what_a_probability_can_say_keeps_its_rank() -> None:
     assert report.losses(SST2, dev_set([[800, 0]], [1])).tolist() == [800.0]
 
 
+def test_very_many_classes_are_told_by_their_commonest_confusions() -> None:
+    names = tuple(f"class {i}" for i in range(100))
+    task = dataclasses.replace(SST2, labels=names, label_names=names)
+    logits = np.zeros((5, 100), np.float32)
+    for row, given in enumerate([3, 3, 7, 7, 7]):
+        logits[row, given] = math.log(99)  # against 99 others: one half
+    dev = dev_set(logits.tolist(), [4, 2, 7, 4, 4])
+    table = report.confusion_table(task, dev)
+    assert table.header == ("gold", "answered", "times")
+    assert table.rows == [
+        ("class 4", "class 7", "2"),
+        ("class 2", "class 3", "1"),
+        ("class 4", "class 3", "1"),
+    ]
+    table = report.mistakes_table(task, dev)
+    assert table.header == ("row", "sentence", "gold", "answered", "p(gold)", "p(answered)")
+    assert table.rows[0] == ("1", "text 0", "class 4", "class 3", "0.0051", "0.5000")
+
+
 def test_errors_of_scores_come_by_size() -> None:
     table = report.errors_table(STSB, PAIRS)
     assert table.title == "Worst errors on dev.tsv: 3 of 3"
