@@ -20,7 +20,7 @@ from zerobert.errors import ConfigError
 from zerobert.model import BertForSequenceClassification, num_parameters
 from zerobert.tokenizer import WordPieceTokenizer
 
-_SEQ_LENGTH = 128
+SEQ_LENGTH = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ def prepare(
     folder = checkpoint.open_model(model)
     tokenizer = checkpoint.load_tokenizer(folder)
     limit = folder.config.max_position_embeddings
-    length = min(_SEQ_LENGTH, limit) if max_seq_length is None else max_seq_length
+    length = min(SEQ_LENGTH, limit) if max_seq_length is None else max_seq_length
     if length > limit:
         raise ConfigError(f"--max_seq_length {length}: {folder.path} was made for at most {limit}")
     if task.trained_on and folder.labels != task.label_names:

@@ -5,11 +5,11 @@ python finetune/predict.py --model_name_or_path runs/finetune/SST-2 "a fine film
 python finetune/predict.py --model_name_or_path runs/finetune/MNLI --input_file pairs.jsonl
     --text_columns premise,hypothesis --output_file answers.tsv
 
-Without texts and file it reads stdin, a text a line. A TAB stands between the two texts of a pair.
+Without texts and file it reads stdin, a text a line; blank lines are none. A TAB stands between
+the two texts of a pair.
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 import logging
@@ -17,7 +17,6 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -26,109 +25,16 @@ if not __package__:
 
     expect_interrupts()
 
-import numpy as np
-import numpy.typing as npt
-import torch
-
-from finetune import loop, metrics
-from finetune.data import Examples, parse_columns
+from finetune.classifier import Texts, answer, open_classifier
+from finetune.data import parse_columns
 from finetune.run_glue import choose_device
 from finetune.tables import read_rows
-from finetune.tasks import TASKS
-from zerobert import checkpoint, manifest
 from zerobert.device import set_threads
-from zerobert.errors import ArgumentParser, CheckpointError, ConfigError, DataError, run_script
-from zerobert.model import BertForSequenceClassification
-from zerobert.tokenizer import WordPieceTokenizer
+from zerobert.errors import ArgumentParser, ConfigError, DataError, run_script
+from zerobert.manifest import write_text, writing
 
-_SEQ_LENGTH = 128  # where the model does not say what it was fine-tuned at
 _CHUNK = 1024  # texts that are sorted by length and batched together
-# What a configuration that names no labels means to Hugging Face.
-_DEFAULT_LABELS = ("LABEL_0", "LABEL_1")
 _DIGITS = 6
-
-Texts = tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Classifier:
-    """A fine-tuned model, ready to answer.
-
-    Args:
-        labels: in the order of the model's outputs; () means regression.
-        score_range: the least and the greatest score, where they are known.
-    """
-
-    model: BertForSequenceClassification
-    tokenizer: WordPieceTokenizer
-    labels: tuple[str, ...]
-    score_range: tuple[float, float] | None
-    max_seq_length: int
-
-
-def open_classifier(
-    name_or_path: str, device: torch.device, *, max_seq_length: int | None = None
-) -> Classifier:
-    """Load a fine-tuned model, ours or one in Hugging Face's format.
-
-    Args:
-        max_seq_length: None for what it was fine-tuned at; where that is not known for 128, or
-            less where the model was made for less.
-
-    Raises:
-        CheckpointError: the folder can't be read, or the model has no classifier.
-        ConfigError: the model was made for shorter texts.
-    """
-    folder = checkpoint.open_model(name_or_path)
-    is_regression = folder.is_regression or len(folder.labels) == 1
-    labels = () if is_regression else folder.labels or _DEFAULT_LABELS
-    model = BertForSequenceClassification(folder.config, len(labels) or 1)
-    if checkpoint.load_weights(model, folder):
-        raise CheckpointError(
-            f"{folder.path} is not fine-tuned: it has no sentence classifier of "
-            f"{len(labels) or 1} outputs; give the output folder of a fine-tuning"
-        )
-    limit = folder.config.max_position_embeddings
-    source = _source(folder.path)
-    length = max_seq_length or source.get("max_seq_length") or min(_SEQ_LENGTH, limit)
-    if length > limit:
-        raise ConfigError(f"--max_seq_length {length}: {folder.path} was made for at most {limit}")
-    return Classifier(
-        model=model.to(device),
-        tokenizer=checkpoint.load_tokenizer(folder),
-        labels=labels,
-        score_range=next((t.score_range for t in TASKS if t.name == source.get("task")), None),
-        max_seq_length=length,
-    )
-
-
-def _source(folder: Path) -> dict[str, Any]:
-    """What our manifest says of how the model was made; nothing for a model from elsewhere."""
-    return manifest.read_manifest(folder).config if manifest.is_complete(folder) else {}
-
-
-def answer(
-    classifier: Classifier, rows: Sequence[Texts], precision: loop.Precision, device: torch.device
-) -> npt.NDArray[np.float64]:
-    """The probability of each class, or the score, of each row of one or two texts.
-
-    Returns:
-        N rows of as many columns as there are classes, of one for a score.
-    """
-    sides = [list(side) for side in zip(*rows, strict=True)]
-    examples = Examples(
-        source="",
-        version="",
-        first=sides[0],
-        second=sides[1] if len(sides) > 1 else None,
-        labels=None,
-    )
-    encoded = loop.encode(examples, classifier.tokenizer, max_seq_length=classifier.max_seq_length)
-    logits_NC = loop.predict(classifier.model, encoded, precision, device)
-    if classifier.labels:
-        return metrics.probabilities(logits_NC)
-    low, high = classifier.score_range or (-np.inf, np.inf)
-    return logits_NC.astype(np.float64).clip(low, high)
 
 
 def format_line(labels: Sequence[str], texts: Texts, answer_C: Sequence[float]) -> str:
@@ -155,7 +61,7 @@ def tsv_header(labels: Sequence[str]) -> str:
 
 def format_json(labels: Sequence[str], number: int, answer_C: Sequence[float]) -> str:
     """A line of an output file that ends in `.jsonl`."""
-    values = [round(float(value), _DIGITS) for value in answer_C]
+    values = [round(value, _DIGITS) for value in answer_C]
     if not labels:
         return json.dumps({"row": number, "score": values[0]})
     chances = dict(zip(labels, values, strict=True))
@@ -164,7 +70,7 @@ def format_json(labels: Sequence[str], number: int, answer_C: Sequence[float]) -
 
 
 def _best(labels: Sequence[str], answer_C: Sequence[float]) -> str:
-    return labels[int(np.argmax(answer_C))]
+    return labels[answer_C.index(max(answer_C))]
 
 
 def _one_line(text: str) -> str:
@@ -285,27 +191,36 @@ def main() -> int:
     classifier = open_classifier(
         args.model_name_or_path, device, max_seq_length=args.max_seq_length
     )
-    labels, output = classifier.labels, args.output_file
-    if output:
-        with manifest.writing(output):
-            output.parent.mkdir(parents=True, exist_ok=True)
-    is_json = output is not None and output.suffix.lower() == ".jsonl"
-    lines = [] if is_json else [tsv_header(labels)]
     is_typed = not (args.texts or args.input_file) and sys.stdin.isatty()
-    number = 0
-    for rows in _chunks(read_texts(args), 1 if is_typed else _CHUNK):
-        answers_NC = answer(classifier, rows, args.precision, device)
-        for texts, answer_C in zip(rows, answers_NC.tolist(), strict=True):
-            number += 1
-            if output is None:
-                print(format_line(labels, texts, answer_C))
-            else:
-                lines.append((format_json if is_json else format_tsv)(labels, number, answer_C))
-        sys.stdout.flush()
-    if output:
-        manifest.write_text(output, "".join(f"{line}\n" for line in lines))
-        print(f"{number} answers in {output}")
+    answers = (
+        pair
+        for rows in _chunks(read_texts(args), 1 if is_typed else _CHUNK)
+        for pair in zip(
+            rows, answer(classifier, rows, args.precision, device).tolist(), strict=True
+        )
+    )
+    if args.output_file:
+        write_answers(args.output_file, classifier.labels, (answer_C for _, answer_C in answers))
+        return 0
+    for texts, answer_C in answers:
+        print(format_line(classifier.labels, texts, answer_C), flush=is_typed)
     return 0
+
+
+def write_answers(path: Path, labels: Sequence[str], answers_NC: Iterable[Sequence[float]]) -> None:
+    """Write a line an answer, in the format that the suffix tells; the file is whole or as it was.
+
+    Raises:
+        DataError: it can't be written.
+    """
+    with writing(path):  # before the work, not after it
+        path.parent.mkdir(parents=True, exist_ok=True)
+    is_json = path.suffix.lower() == ".jsonl"
+    form = format_json if is_json else format_tsv
+    lines = [form(labels, row, answer_C) for row, answer_C in enumerate(answers_NC, start=1)]
+    header = [] if is_json else [tsv_header(labels)]
+    write_text(path, "".join(f"{line}\n" for line in [*header, *lines]))
+    print(f"{len(lines)} answers in {path}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from finetune import predict
+from finetune.classifier import open_classifier
 from zerobert.checkpoint import save_model
 from zerobert.config import BertConfig
 from zerobert.errors import CheckpointError, ConfigError, DataError
@@ -172,9 +173,9 @@ def test_a_score_is_cut_to_its_task_s_range_alone(place: Path, monkeypatch, caps
 def test_a_model_is_asked_at_the_length_that_it_was_fine_tuned_at(place: Path) -> None:
     save(Path("short"), ("no", "yes"), length=8)
     cpu = torch.device("cpu")
-    assert predict.open_classifier("short", cpu).max_seq_length == 8
-    assert predict.open_classifier("short", cpu, max_seq_length=16).max_seq_length == 16
-    assert predict.open_classifier("m", cpu).max_seq_length == 64  # unknown: the model's limit
+    assert open_classifier("short", cpu).max_seq_length == 8
+    assert open_classifier("short", cpu, max_seq_length=16).max_seq_length == 16
+    assert open_classifier("m", cpu).max_seq_length == 64  # unknown: the model's limit
 
 
 def test_a_model_of_hugging_face_s_whose_labels_have_no_names(
