@@ -26,6 +26,7 @@ usage: bash launch.sh <command> [flags passed on]
               fine-tune the newest pretrained model on a GLUE task
   glue        every GLUE task that there is data for, and one table
   finetune    any task, your own files too: --task_name custom (finetune --help)
+  predict     a fine-tuned model -> the class of each text that you give, with its probabilities
   report      run folders -> a page of curves; --serve follows them
   doctor      what this machine has, which kernels it will use and why, what is missing
   test        the tests; test --slow adds the long ones; other flags go to pytest
@@ -152,7 +153,7 @@ main() {
     case $command in
         help | -h | --help) usage; exit ;;
         "") usage >&2; exit 2 ;;
-        demo | prep | pretrain | finetune | report | doctor | test | check) set_up ;;
+        demo | prep | pretrain | finetune | predict | report | doctor | test | check) set_up ;;
         sst2 | cola | mrpc | stsb | qqp | mnli | qnli | rte | wnli | ax | glue) set_up ;;
         *) die "unknown command '$command'; \`bash launch.sh help\` lists them" ;;
     esac
@@ -163,6 +164,7 @@ main() {
         prep) exec "$python" "$root/data_prep/__main__.py" "$@" ;;
         pretrain) exec "$python" "$root/zerobert/launcher.py" "$root/pretrain/run.py" "$@" ;;
         finetune) exec "$python" "$root/finetune/run_glue.py" "$@" ;;
+        predict) exec "$python" "$root/finetune/predict.py" "$@" ;;
         report) exec "$python" "$root/pretrain/report.py" "$@" ;;
         doctor) exec "$python" "$root/zerobert/doctor.py" "$@" ;;
         test) run_tests "$@" ;;

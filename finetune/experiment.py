@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from finetune import config, glue, job, loop
+from finetune import config, glue, job, loop, submission
 from finetune.data import find_labels, parse_columns
 from finetune.output import check_output
+from finetune.report import REPORT_NAME
 from finetune.tasks import Task, custom_task, find_task, plain
 from zerobert import distributed
 from zerobert.checkpoint import newest_model
-from zerobert.device import slow_precision
+from zerobert.device import slow_precision, this_device
 from zerobert.engine import computes_in
 from zerobert.errors import ConfigError
 from zerobert.manifest import is_complete
@@ -59,12 +60,15 @@ def run_one(args: argparse.Namespace, stop: StopRequest) -> None:
     out = args.output_dir or FINETUNED / task.name
     result = run_task(args, task, model, out, stop)
     print(glue.format_results([result], title=f"{task.name} ({out})"))
+    if result["metrics"]:
+        print(f"mistakes and settings: {out / REPORT_NAME}")
 
 
 def run_all(args: argparse.Namespace, stop: StopRequest) -> None:
-    """Fine-tune on every task that there is data for; the table is also in `glue.json`.
+    """Fine-tune on every task that there is data for.
 
-    What an earlier call that did not come to its end has finished is not done again.
+    The table is also in `glue.json` and `glue.html`, and the predictions in `submission.zip`. What
+    an earlier call that did not come to its end has finished is not done again.
     """
     with distributed.one_voice():
         model = args.model_name_or_path or str(newest_model(RUNS))
@@ -73,6 +77,7 @@ def run_all(args: argparse.Namespace, stop: StopRequest) -> None:
         reuses = args.resume == "auto" and glue.is_unfinished(out / "glue.json")
     if args.from_mnli:
         tasks = sorted(tasks, key=lambda task: task.name != "MNLI")
+    title = f"GLUE dev sets, {model}"
     results: list[dict[str, Any]] = []
     for task in tasks:
         source = task.trained_on or (task.gains_from if args.from_mnli else "")
@@ -83,8 +88,24 @@ def run_all(args: argparse.Namespace, stop: StopRequest) -> None:
             if distributed.is_main():
                 is_last = len(results) == len(tasks)
                 glue.write_results(out / "glue.json", results, is_finished=is_last)
-    print(glue.format_results(results, title=f"GLUE dev sets, {model}"))
+                glue.write_page(out / "glue.html", results, title=title)
+    print(glue.format_results(results, title=title))
     print(f"models, predictions and {out / 'glue.json'} are in {out}/")
+    print(f"the same with links to each task's page: {out / 'glue.html'}")
+    with distributed.one_voice():
+        if distributed.is_main():
+            _zip_predictions(out, results, is_asked=args.do_predict)
+
+
+def _zip_predictions(out: Path, results: list[dict[str, Any]], *, is_asked: bool) -> None:
+    path = out / submission.ZIP_NAME
+    if not is_asked:
+        path.unlink(missing_ok=True)  # of other models than those that are here now
+        return
+    missing = submission.write_zip(path, [out / result["task"] for result in results])
+    print(f"for the GLUE server: {path}")
+    if missing:
+        print(f"warning: it lacks {', '.join(missing)}, and the server takes no zip without them")
 
 
 def run_task(
@@ -105,8 +126,7 @@ def run_task(
         seeds = parse_seeds(args)
         settings = choose_settings(args, task, seeds[0])
         check_output(out, Path(model))
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if slow := slow_precision(device, computes_in(settings.deepspeed)):
+        if slow := slow_precision(this_device(), computes_in(settings.deepspeed)):
             print(f"warning: {slow}")
         prepared = job.prepare(
             task,

@@ -2,15 +2,19 @@
 
 import importlib.util
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from finetune.data import find_in_root, glue_roots
+from finetune.report import REPORT_NAME
 from finetune.tasks import TASKS, Task
 from zerobert.errors import DataError
-from zerobert.manifest import write_json
-from zerobert.page import Table, format_table
+from zerobert.manifest import write_json, write_text
+from zerobert.page import Table, format_table, render_page
+
+_PUBLISHED = {task.name: task.published_scores for task in TASKS}
 
 
 def available_tasks(data_dir: Path | None) -> list[Task]:
@@ -41,9 +45,7 @@ def format_results(results: Sequence[Mapping[str, Any]], *, title: str) -> str:
 
 
 def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
-    published = {
-        task.name: dict(zip(task.reported, task.published, strict=False)) for task in TASKS
-    }.get(result["task"], {})
+    published = _PUBLISHED.get(result["task"], {})
     scores = result.get("median_metrics", result["metrics"])
     return (
         result["task"],
@@ -74,13 +76,74 @@ def write_results(path: Path, results: Sequence[Mapping[str, Any]], *, is_finish
     Raises:
         DataError: the file can't be written.
     """
-    scored = [result.get("median", result["value"]) for result in results if result["metrics"]]
     write_json(
         path,
         {
-            "average": sum(scored) / len(scored) if scored else None,
-            "num_scored_tasks": len(scored),
+            "average": _average(results),
+            "num_scored_tasks": len(_values(results)),
             "is_finished": is_finished,
             "tasks": {result["task"]: dict(result) for result in results},
         },
+    )
+
+
+def _values(results: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The tasks' values, each the median over its seeds."""
+    return [result.get("median", result["value"]) for result in results if result["metrics"]]
+
+
+def _average(results: Sequence[Mapping[str, Any]]) -> float | None:
+    values = _values(results)
+    return sum(values) / len(values) if values else None
+
+
+def write_page(path: Path, results: Sequence[Mapping[str, Any]], *, title: str) -> None:
+    """Write the results as a page that leads to the tasks' own, as far as the run has come.
+
+    Raises:
+        DataError: the file can't be written.
+    """
+    links = {result["task"]: f"{result['task']}/{REPORT_NAME}" for result in results}
+    there = {task: link for task, link in links.items() if (path.parent / link).is_file()}
+    write_text(path, render_page(title, [results_table(results, there)]))
+
+
+def results_table(results: Sequence[Mapping[str, Any]], links: Mapping[str, str]) -> Table:
+    """One line a metric: its median, best and spread over the seeds, beside published figures.
+
+    Args:
+        links: the addresses of tasks' own pages.
+    """
+    rows, leads = [], []
+    for result in results:
+        for name in result["metrics"] or ["predictions only"]:
+            rows.append(_metric_row(result, name))
+            leads.append(links.get(result["task"], ""))
+    average = _average(results)
+    return Table(
+        title="Dev sets, in percent"
+        + ("" if average is None else f"; the tasks' average is {100 * average:.2f}"),
+        header=(
+            *("task", "metric", "median", "best", "spread", "majority class", "PaddleNLP"),
+            *("seeds", "steps"),
+        ),
+        rows=rows,
+        links=leads,
+    )
+
+
+def _metric_row(result: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    runs = result.get("all", [result])
+    values = [run["metrics"][name] for run in runs if name in run["metrics"]]
+    published = _PUBLISHED.get(result["task"], {}).get(name)
+    return (
+        result["task"],
+        name,
+        _percent(statistics.median(values) if values else None),
+        _percent(max(values, default=None)),
+        _percent(max(values) - min(values) if len(values) > 1 else None),
+        _percent(result["majority_baseline"] if name == result["metric"] else None),
+        "-" if published is None else f"{published:.2f}",
+        str(len(runs)),
+        f"{result['steps']:,}",
     )

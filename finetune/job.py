@@ -13,20 +13,20 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune import data, loop, metrics, output
-from finetune.data import Labels
+from finetune import batches, data, loop, metrics, output, report
+from finetune.data import Examples, Labels
 from finetune.tasks import Split, Task
 from zerobert import checkpoint, distributed, manifest, training_state
 from zerobert.checkpoint import ModelFolder
+from zerobert.device import this_device
 from zerobert.ds_config import check_same_run, flatten
-from zerobert.engine import Engine
+from zerobert.engine import Engine, computes_in
 from zerobert.errors import ConfigError
 from zerobert.model import BertForSequenceClassification, num_parameters
 from zerobert.signals import StopRequest
 from zerobert.tokenizer import WordPieceTokenizer
 from zerobert.training_state import StateReader
 
-_SEQ_LENGTH = 128
 _BEST_NAME = "best.safetensors"
 
 
@@ -38,9 +38,10 @@ class Job:
     folder: ModelFolder
     tokenizer: WordPieceTokenizer
     random_init: bool
-    train: loop.Encoded | None
-    dev: tuple[loop.Encoded, ...]
-    test: tuple[loop.Encoded, ...]
+    train: batches.Encoded | None
+    dev: tuple[batches.Encoded, ...]
+    test: tuple[batches.Encoded, ...]
+    dev_examples: tuple[Examples, ...]
     versions: dict[str, str]
     max_seq_length: int
 
@@ -65,7 +66,7 @@ def prepare(
     folder = checkpoint.open_model(model)
     tokenizer = checkpoint.load_tokenizer(folder)
     limit = folder.config.max_position_embeddings
-    length = min(_SEQ_LENGTH, limit) if max_seq_length is None else max_seq_length
+    length = min(batches.SEQ_LENGTH, limit) if max_seq_length is None else max_seq_length
     if length > limit:
         raise ConfigError(f"--max_seq_length {length}: {folder.path} was made for at most {limit}")
     if task.trained_on and folder.labels != task.label_names:
@@ -76,23 +77,29 @@ def prepare(
     where = data.choose_folder(task, data_dir) if task.folders else Path()
     versions = {"model": _model_version(folder.path), "vocabulary": tokenizer.sha256}
 
-    def read(split: Split) -> loop.Encoded:
+    def read(split: Split) -> Examples:
         examples = data.load_split(task, split, where)
         versions[examples.source] = examples.version
         print(f"{task.name}: {len(examples)} examples from {examples.source}")
-        return loop.encode(examples, tokenizer, max_seq_length=length)
+        return examples
 
+    def encode(examples: Examples) -> batches.Encoded:
+        return batches.encode(examples, tokenizer, max_seq_length=length)
+
+    train = encode(read(task.train)) if task.train else None
+    dev_examples = tuple(read(split) for split in task.dev)
     needs_test = do_predict or not task.train
     return Job(
         task=task,
         folder=folder,
         tokenizer=tokenizer,
         random_init=random_init and task.train is not None,
-        train=read(task.train) if task.train else None,
-        dev=tuple(read(split) for split in task.dev),
-        test=tuple(read(split) for split in task.test) if needs_test else (),
-        versions=versions,
+        train=train,
+        dev=tuple(encode(examples) for examples in dev_examples),
+        test=tuple(encode(read(split)) for split in task.test) if needs_test else (),
+        dev_examples=dev_examples,
         max_seq_length=length,
+        versions=versions,
     )
 
 
@@ -182,7 +189,7 @@ def run(
     started = time.perf_counter()
     start = "random weights" if job.random_init else str(job.folder.path)
     ranks = distributed.world_size()
-    place = f"{_device().type}" + (f" x {ranks}" if ranks > 1 else "")
+    place = f"{this_device().type}" + (f" x {ranks}" if ranks > 1 else "")
     print(f"{job.task.name}: from {start} to {out}, seed {settings.seed}, on {place}")
     torch.manual_seed(settings.seed)
     model = BertForSequenceClassification(job.folder.config, job.task.num_outputs, settings.kernels)
@@ -196,11 +203,11 @@ def run(
         )
         with distributed.one_voice():
             model.load_state_dict(_kept_weights(out / output.STATE_NAME))
-    forward = loop.plain_forward(model, settings.deepspeed, _device())
+    forward = batches.plain_forward(model, computes_in(settings.deepspeed), this_device())
     evaluation = progress.kept
     if evaluation is None:
         evaluation = evaluate(job, forward, progress.kept_step)
-    predictions = [loop.predict(forward, encoded, _device()) for encoded in job.test]
+    predictions = [batches.predict(forward, encoded, this_device()) for encoded in job.test]
     elapsed_s = progress.elapsed_s + time.perf_counter() - started
     result = _describe(job, model, settings, progress, evaluation, elapsed_s)
     with distributed.one_voice():
@@ -221,14 +228,9 @@ def run(
                     is_regression=job.task.is_regression,
                 )
                 _write_predictions(job, predictions, staging)
+                _write_report(job, settings, evaluation, result, staging / report.REPORT_NAME)
                 manifest.write_json(staging / output.RESULT_NAME, result)
     return result
-
-
-def _device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def _load_start(job: Job, model: BertForSequenceClassification) -> None:
@@ -397,17 +399,18 @@ def _kept_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The loss on the main dev set, and the metrics of all of them."""
+    """The loss on the main dev set, and the metrics and the logits NC of all of them."""
 
     loss: float | None
     metrics: dict[str, float]
+    logits: tuple[npt.NDArray[np.float32], ...] = ()
 
 
 def evaluate(job: Job, forward: Callable[..., torch.Tensor], step: int) -> Evaluation:
     """Score a model on every dev set and print PaddleNLP's line; collective.
 
     Args:
-        forward: see `loop.predict`.
+        forward: see `batches.predict`.
 
     Raises:
         TrainingDivergedError: the loss is not a finite number.
@@ -416,10 +419,12 @@ def evaluate(job: Job, forward: Callable[..., torch.Tensor], step: int) -> Evalu
         return Evaluation(loss=None, metrics={})
     losses: list[float] = []
     scores: dict[str, float] = {}
+    logits: list[npt.NDArray[np.float32]] = []
     for split, encoded in zip(job.task.dev, job.dev, strict=True):
         labels = _labels(encoded)
-        logits_NC = loop.predict(forward, encoded, _device())
-        losses.append(loop.mean_loss(logits_NC, labels))
+        logits_NC = batches.predict(forward, encoded, this_device())
+        logits.append(logits_NC)
+        losses.append(batches.mean_loss(logits_NC, labels))
         loop.check_finite(losses[-1], step)
         split_scores = metrics.score(job.task, labels, metrics.answers(job.task, logits_NC))
         scores |= {name + split.suffix: value for name, value in split_scores.items()}
@@ -427,10 +432,10 @@ def evaluate(job: Job, forward: Callable[..., torch.Tensor], step: int) -> Evalu
         f"{name.replace('accuracy', 'accu')}: {value:f}" for name, value in scores.items()
     )
     print(f"eval loss: {losses[0]:f}, {shown}", flush=True)
-    return Evaluation(loss=losses[0], metrics=scores)
+    return Evaluation(loss=losses[0], metrics=scores, logits=tuple(logits))
 
 
-def _labels(encoded: loop.Encoded) -> Labels:
+def _labels(encoded: batches.Encoded) -> Labels:
     assert encoded.labels is not None
     return encoded.labels
 
@@ -449,6 +454,38 @@ def _write_predictions(
     for split, logits_NC in zip(job.task.test, predictions, strict=False):
         given = metrics.answers(job.task, logits_NC)
         metrics.write_predictions(folder / f"{split.submission}.tsv", job.task, given)
+
+
+def _write_report(
+    job: Job,
+    settings: loop.Settings,
+    evaluation: Evaluation,
+    result: dict[str, Any],
+    path: Path,
+) -> None:
+    """The model's page; a task without dev sets has none."""
+    if not job.dev:
+        return
+    dev = [
+        report.DevSet(examples=examples, logits_NC=logits_NC, suffix=split.suffix)
+        for split, examples, logits_NC in zip(
+            job.task.dev, job.dev_examples, evaluation.logits, strict=True
+        )
+    ]
+    report.write_report(
+        path,
+        job.task,
+        dev,
+        train_labels=_labels(job.train) if job.train else None,
+        title=f"{job.task.name}, seed {settings.seed}",
+        settings={
+            "model": result["model"],
+            "steps": result["steps"],
+            "max_seq_length": job.max_seq_length,
+            **dataclasses.asdict(settings),
+            "inputs": job.versions,
+        },
+    )
 
 
 def _save_step(

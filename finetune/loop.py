@@ -1,37 +1,24 @@
-"""Training and evaluation on DeepSpeed's engine, of any number of ranks; `train` reads from top to
-bottom.
+"""Training on DeepSpeed's engine, on any number of ranks; `train` reads from top to bottom."""
 
-Shapes: B batch, S sequence, C classes, N examples.
-"""
-
-import contextlib
 import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune.data import Examples, Labels
+from finetune.batches import Indices, Split, epoch_batches
 from zerobert import distributed, schedule, signals
-from zerobert.engine import Engine, computes_in
+from zerobert.engine import Engine
 from zerobert.errors import ConfigError, TrainingDivergedError
 from zerobert.kernels import Kernels
 from zerobert.optim import build_optimizer, optimizer_config
 from zerobert.signals import StopRequest
-from zerobert.tokenizer import WordPieceTokenizer
-
-_BUCKET_BATCHES = 50
-_LENGTH_MULTIPLE = 8  # widths that tensor cores like
-_EVAL_BATCH_SIZE = 64
-
-Indices = npt.NDArray[np.int64]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,102 +73,6 @@ class Settings:
         """The length of the run in steps."""
         steps = math.ceil(self.num_epochs * math.ceil(num_examples / batch_size))
         return min(steps, self.max_steps) if self.max_steps else steps
-
-
-class Split(Protocol):
-    """Examples that can be trained on and answered."""
-
-    def __len__(self) -> int: ...
-
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """The number of tokens of each example, N."""
-        ...
-
-    def inputs(self, indices: Indices, device: torch.device) -> dict[str, Tensor]:
-        """A batch, by the names of the model's arguments."""
-        ...
-
-    def loss_sum(self, outputs: Any, indices: Indices) -> Tensor:
-        """The summed loss of what the model answers to that batch."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """A split as the model reads it: unpadded ids [N][S] and labels [N] (None for a test set)."""
-
-    input_ids: list[list[int]]
-    segment_ids: list[list[int]]
-    labels: Labels | None
-    max_seq_length: int
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """The number of tokens of each example, N."""
-        return np.array([len(ids) for ids in self.input_ids], dtype=np.int64)
-
-    def inputs(self, indices: Indices, device: torch.device) -> dict[str, Tensor]:
-        """Ids, mask and segment ids BS, padded to the longest of the batch."""
-        longest = max(len(self.input_ids[i]) for i in indices)
-        width = min(-(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, self.max_seq_length)
-        names = ("input_ids_BS", "input_mask_BS", "segment_ids_BS")
-        ids, mask, segments = arrays = np.zeros((3, len(indices), width), dtype=np.int64)
-        for row, i in enumerate(indices):
-            length = len(self.input_ids[i])
-            ids[row, :length] = self.input_ids[i]
-            segments[row, :length] = self.segment_ids[i]
-            mask[row, :length] = 1
-        tensors = (torch.from_numpy(array).to(device) for array in arrays)
-        return dict(zip(names, tensors, strict=True))
-
-    def loss_sum(self, outputs: Tensor, indices: Indices) -> Tensor:
-        """Cross-entropy, or the squared error of scores."""
-        assert self.labels is not None
-        return loss_sum(outputs.float(), torch.from_numpy(self.labels[indices]).to(outputs.device))
-
-
-def encode(examples: Examples, tokenizer: WordPieceTokenizer, *, max_seq_length: int) -> Encoded:
-    """Tokenise a split."""
-    input_ids, segment_ids = tokenizer.encode_pairs(
-        examples.first, examples.second, max_seq_length=max_seq_length
-    )
-    return Encoded(
-        input_ids=input_ids,
-        segment_ids=segment_ids,
-        labels=examples.labels,
-        max_seq_length=max_seq_length,
-    )
-
-
-def epoch_batches(
-    lengths_N: npt.NDArray[np.int64], *, batch_size: int, seed: int, epoch: int
-) -> list[npt.NDArray[np.int64]]:
-    """The examples of each batch of an epoch: a pure function of (seed, epoch).
-
-    The shuffled examples are sorted by length within buckets of many batches, so that a batch needs
-    little padding; the order of a bucket's batches is drawn anew.
-    """
-    generator = np.random.default_rng([seed, epoch])
-    order = generator.permutation(len(lengths_N))
-    batches = []
-    for bucket in _cut(order, _BUCKET_BATCHES * batch_size):
-        bucket = bucket[np.argsort(lengths_N[bucket], kind="stable")]
-        in_bucket = _cut(bucket, batch_size)
-        batches += [in_bucket[i] for i in generator.permutation(len(in_bucket))]
-    return batches
-
-
-def _cut(items: npt.NDArray[np.int64], size: int) -> list[npt.NDArray[np.int64]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def loss_sum(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
-    """The summed loss: cross-entropy for classes (integers), squared error for scores (floats)."""
-    if labels_B.is_floating_point():
-        return F.mse_loss(logits_BC[:, 0], labels_B, reduction="sum")
-    return F.cross_entropy(logits_BC, labels_B, reduction="sum")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -314,57 +205,3 @@ def check_finite(loss: float, step: int) -> None:
         raise TrainingDivergedError(
             f"the loss is {loss} at step {step}: lower --learning_rate or raise --warmup_proportion"
         )
-
-
-def plain_forward(
-    model: nn.Module, settings_deepspeed: Mapping[str, Any], device: torch.device
-) -> Callable[..., Tensor]:
-    """A model that is on no engine, computing in the precision of one."""
-    low = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(computes_in(settings_deepspeed))
-    model.to(device).eval()
-
-    def forward(**inputs: Tensor) -> Tensor:
-        is_low = low is not None
-        with torch.autocast(device.type, low, enabled=True) if is_low else contextlib.nullcontext():
-            outputs: Tensor = model(**inputs)
-            return outputs
-
-    return forward
-
-
-@torch.no_grad()
-def predict(
-    forward: Callable[..., Tensor], examples: Split, device: torch.device
-) -> npt.NDArray[np.float32]:
-    """What a model answers to every example, N..., in the split's own order; collective.
-
-    The ranks share the batches, which are the same at any number of ranks, and each gets all the
-    answers.
-
-    Args:
-        forward: a model in evaluation.
-    """
-    order = np.argsort(examples.lengths(), kind="stable")
-    batches = _cut(order, _EVAL_BATCH_SIZE)
-    rank, ranks = distributed.rank(), distributed.world_size()
-    mine: list[npt.NDArray[np.float32]] = []
-    for first in range(0, len(batches), ranks):
-        # At the end a rank may repeat the last batch: under ZeRO-3 all take part in each.
-        number = min(first + rank, len(batches) - 1)
-        outputs = forward(**examples.inputs(batches[number], device))
-        mine.append(outputs.float().cpu().numpy())
-    answers = distributed.gather_object(mine)
-    in_turn = np.concatenate([answers[i % ranks][i // ranks] for i in range(len(batches))])
-    in_order = np.empty_like(in_turn)
-    in_order[order] = in_turn
-    return in_order
-
-
-def mean_loss(logits_NC: npt.NDArray[np.float32], labels_N: Labels) -> float:
-    """The mean loss over a whole split, exact whatever the batches were."""
-    labels = torch.from_numpy(labels_N)
-    total = loss_sum(
-        torch.from_numpy(logits_NC).double(),
-        labels.double() if labels.is_floating_point() else labels,
-    )
-    return total.item() / len(labels_N)

@@ -57,6 +57,20 @@ def answers(task: Task, logits_BC: npt.NDArray[np.float32]) -> Labels:
     return logits_BC[:, 0].clip(low, high).astype(np.float32)
 
 
+def probabilities(logits_NC: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """What the model gives each class, NC; rows add up to 1."""
+    return np.exp(log_probabilities(logits_NC))
+
+
+def log_probabilities(logits_NC: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """The natural logarithm of `probabilities`, finite where they would be rounded to 0."""
+    shifted_NC = logits_NC.astype(np.float64) - logits_NC.max(axis=1, keepdims=True)
+    logs_NC: npt.NDArray[np.float64] = shifted_NC - np.log(
+        np.exp(shifted_NC).sum(axis=1, keepdims=True)
+    )
+    return logs_NC
+
+
 def score(task: Task, labels: Labels, given: Labels) -> dict[str, float]:
     """The task's metrics, by name.
 
@@ -94,7 +108,9 @@ def summarize_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for name in best["metrics"]
         },
         "best": max(values),
-        "all": [{"seed": result["seed"], "value": result["value"]} for result in results],
+        "all": [
+            {name: result[name] for name in ("seed", "value", "metrics")} for result in results
+        ],
         "wall_s": round(sum(result["wall_s"] for result in results), 3),
     }
 

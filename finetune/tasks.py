@@ -108,6 +108,11 @@ class Task:
         """The names of all metrics of all dev sets."""
         return tuple(metric + split.suffix for split in self.dev for metric in self.metrics)
 
+    @property
+    def published_scores(self) -> dict[str, float]:
+        """The published figures by the reported metrics' names; empty where there are none."""
+        return dict(zip(self.reported, self.published, strict=bool(self.published)))
+
 
 def _train(num_rows: int, *files: File) -> Split:
     return Split(files=files or (File(name="train.tsv"),), num_rows=num_rows, hub="train")

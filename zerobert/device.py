@@ -33,6 +33,13 @@ _CPUINFO = Path("/proc/cpuinfo")
 _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 
 
+def this_device() -> torch.device:
+    """The GPU of this process, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
 def peak_flops(device: torch.device) -> float | None:
     """A device's peak rate in 16-bit matrix products, FLOP/s; None where it is not known."""
     if device.type != "cuda":

@@ -71,12 +71,15 @@ class Table:
     Attributes:
         is_long: opens on a click and can be searched; of several columns behind the first one, the
             rows in which they differ are marked, and can be shown alone.
+        links: for each row, the address that its first cell leads to, empty for none; () for no
+            links at all.
     """
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     is_long: bool = False
+    links: Sequence[str] = ()
 
 
 def render_page(
@@ -165,18 +168,22 @@ def _figure_columns(table: Table) -> list[bool]:
 def _render_table(table: Table) -> str:
     figures = [False] * len(table.header) if table.is_long else _figure_columns(table)
 
-    def cells(row: Sequence[str], tag: str) -> str:
+    def cells(row: Sequence[str], tag: str, link: str = "") -> str:
+        texts = [html.escape(cell) for cell in row]
+        if link:
+            texts[0] = f'<a href="{html.escape(link)}">{texts[0]}</a>'
         return "".join(
-            f"<{tag}{_cell_class(cell, is_figure)}>{html.escape(cell)}</{tag}>"
-            for cell, is_figure in zip(row, figures, strict=True)
+            f"<{tag}{_cell_class(cell, is_figure)}>{text}</{tag}>"
+            for cell, text, is_figure in zip(row, texts, figures, strict=True)
         )
 
-    def line(row: Sequence[str]) -> str:
+    def line(row: Sequence[str], link: str) -> str:
         is_unlike = table.is_long and len(set(row[1:])) > 1
         start = '<tr class="unlike">' if is_unlike else "<tr>"
-        return f"{start}{cells(row, 'td')}</tr>"
+        return f"{start}{cells(row, 'td', link)}</tr>"
 
-    rows = "\n".join(map(line, table.rows))
+    links = table.links or [""] * len(table.rows)
+    rows = "\n".join(line(row, link) for row, link in zip(table.rows, links, strict=True))
     title = html.escape(table.title)
     whole = (
         '<div class="scroll" tabindex="0"><table>\n'

@@ -102,6 +102,7 @@ def test_paddlenlps_command_trains_a_model_that_transformers_loads(place: Path) 
     for folder in (out, out / "step_5", out / "step_10"):
         manifest.verify_folder(folder)
     assert_transformers_agrees(out)
+    assert_predict_says_what_transformers_does(place)
 
 
 def assert_transformers_agrees(out: Path) -> None:
@@ -120,6 +121,42 @@ def assert_transformers_agrees(out: Path) -> None:
     with torch.no_grad():
         found = ours(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
         torch.testing.assert_close(found, theirs(**batch).logits, atol=1e-5, rtol=0)
+
+
+def predict(place: Path, model: str, text: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "finetune" / "predict.py"), "--model_name_or_path", model],
+        input=text,
+        cwd=place,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def assert_predict_says_what_transformers_does(place: Path) -> None:
+    texts = [text for text, _ in SENTENCES]
+    done = predict(place, "out", "\n".join(texts))
+    assert (done.returncode, done.stderr) == (0, "")
+    pipe = transformers.pipeline(
+        "text-classification", str(place / "out"), device="cpu", top_k=None
+    )
+    lines = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [text for _, _, text in lines] == texts
+    for (label, chances, _), theirs in zip(lines, pipe(texts), strict=True):
+        assert label == theirs[0]["label"]
+        ours = {
+            name: float(value) for name, value in (each.split() for each in chances.split(", "))
+        }
+        assert ours == pytest.approx({each["label"]: each["score"] for each in theirs}, abs=1e-4)
+
+
+def test_predict_refuses_a_pretrained_model_in_one_line(place: Path) -> None:
+    done = predict(place, "model", "good tea\n")
+    assert (done.returncode, done.stdout) == (2, "")
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: model is not fine-tuned: it has no sentence classifier")
 
 
 def test_a_fault_of_the_user_is_one_line_and_code_2(place: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = "demo prep pretrain finetune report doctor test check help"
+COMMANDS = "demo prep pretrain finetune predict report doctor test check help"
 TASKS = "sst2 cola mrpc stsb qqp mnli qnli rte wnli ax glue"
 
 
@@ -37,7 +37,7 @@ def clone(tmp_path: Path, repository: Path) -> Path:
     (folder / "finetune").mkdir()
     shutil.copy(repository / "launch.sh", folder)
     shown = "import sys, os; print(os.getcwd(), *sys.argv[1:])\n"
-    for name in ("data_prep/__main__.py", "finetune/run_glue.py"):
+    for name in ("data_prep/__main__.py", "finetune/run_glue.py", "finetune/predict.py"):
         (folder / name).write_text(shown)
     (folder / "data_prep" / "__init__.py").touch()
     (folder / "pretrain" / "launcher.py").write_text(
@@ -99,6 +99,8 @@ def test_a_python_that_is_given_is_used_and_installs_nothing(clone: Path, tmp_pa
     assert result.stdout.endswith(" --task_name mnli --seed 1\n")
     result = launch(script, "finetune", "--task_name", "custom", **python)
     assert result.stdout.endswith(" --task_name custom\n")
+    result = launch(script, "predict", "a film", **python)
+    assert result.stdout.endswith(" a film\n")
     assert not (clone / ".venv").exists()
 
 

@@ -16,6 +16,7 @@ SCRIPTS = {
     "pretrain": "pretrain/run.py",
     "report": "pretrain/report.py",
     "finetune": "finetune/run_glue.py",
+    "predict": "finetune/predict.py",
     "sst2": "finetune/run_glue.py",
 }
 WITHOUT_FLAGS_OF_THEIR_OWN = ("test", "check", "doctor", "help")

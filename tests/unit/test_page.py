@@ -64,6 +64,16 @@ def test_sections_stand_in_the_order_given() -> None:
     assert re.findall(r"<h2>(.*?)</h2>", page) == ["Config", "Loss", "Scores"]
 
 
+def test_a_row_leads_somewhere_where_it_has_an_address() -> None:
+    table = Table(
+        title="Tasks", header=["task", "x"], rows=[["A&B", "1"], ["C", "2"]], links=["a&b.html", ""]
+    )
+    page = render_page("run", [table])
+    assert '<td><a href="a&amp;b.html">A&amp;B</a></td>' in page
+    assert page.count("<a ") == 1
+    assert "html" not in format_table(table)
+
+
 def test_whatever_is_handed_over_is_text_and_never_markup() -> None:
     evil = "</script><script>alert('&')</script>"
     page = render_page(

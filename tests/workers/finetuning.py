@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from finetune import loop
+from finetune import batches, loop
 from zerobert import distributed
 from zerobert.config import BertConfig
 from zerobert.engine import init_distributed, leave_distributed
@@ -38,13 +38,13 @@ class NobodyStops:
     exit_code = 0
 
 
-def make_split(num_examples: int) -> loop.Encoded:
+def make_split(num_examples: int) -> batches.Encoded:
     """Sentences of many lengths; an epoch of 301 ends with a batch of 1."""
     generator = np.random.default_rng(5)
     ids = [
         generator.integers(5, 50, generator.integers(3, 40)).tolist() for _ in range(num_examples)
     ]
-    return loop.Encoded(
+    return batches.Encoded(
         input_ids=ids,
         segment_ids=[[0] * len(row) for row in ids],
         labels=np.array([row[0] % 2 for row in ids], dtype=np.int64),
@@ -75,13 +75,13 @@ def main() -> None:
     split = make_split(301)
     engine = loop.start_engine(BertForSequenceClassification(CONFIG, 2), settings)
     engine.train(False)
-    before = loop.predict(engine.forward, split, engine.device)
+    before = batches.predict(engine.forward, split, engine.device)
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         steps = [review.step for review in loop.train(engine, split, settings, NobodyStops())]
     assert steps == [26], steps
     engine.train(False)
-    after = loop.predict(engine.forward, split, engine.device)
+    after = batches.predict(engine.forward, split, engine.device)
     losses = [float(x) for x in re.findall(r"loss: ([\d.]+)", said.getvalue())]
     if distributed.is_main():
         np.savez(out, before=before, after=after, losses=losses)

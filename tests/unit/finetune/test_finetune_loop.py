@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from finetune import loop
+from finetune import batches, loop
 from finetune.data import Examples
 from zerobert.config import BertConfig
 from zerobert.errors import ConfigError, TrainingDivergedError
@@ -57,13 +57,13 @@ class NobodyStops:
     exit_code = 0
 
 
-def make_split(num_examples: int = 10, *, regression: bool = False) -> loop.Encoded:
+def make_split(num_examples: int = 10, *, regression: bool = False) -> batches.Encoded:
     generator = np.random.default_rng(5)
     input_ids = [
         generator.integers(5, 50, generator.integers(3, 20)).tolist() for _ in range(num_examples)
     ]
     labels = np.array([ids[0] % 2 for ids in input_ids])
-    return loop.Encoded(
+    return batches.Encoded(
         input_ids=input_ids,
         segment_ids=[[0] * len(ids) for ids in input_ids],
         labels=labels.astype(np.float32 if regression else np.int64),
@@ -82,7 +82,7 @@ def train(model, split, settings, stop=None, first_step=0) -> list[loop.Review]:
 
 
 def predict(model, split) -> np.ndarray:
-    return loop.predict(loop.plain_forward(model, deepspeed(), CPU), split, CPU)
+    return batches.predict(batches.plain_forward(model, "fp32", CPU), split, CPU)
 
 
 def run(settings: loop.Settings, num_examples: int = 10) -> tuple[dict, list[loop.Review]]:
@@ -97,18 +97,18 @@ def logged_losses(capsys) -> list[float]:
 
 def test_every_example_once_an_epoch() -> None:
     lengths = np.random.default_rng(0).integers(1, 99, 1003)
-    batches = loop.epoch_batches(lengths, batch_size=8, seed=1, epoch=0)
-    assert len(batches) == math.ceil(1003 / 8)
-    assert sorted(np.concatenate(batches).tolist()) == list(range(1003))
-    assert sorted(map(len, batches)) == [3, *[8] * 125]
+    found = batches.epoch_batches(lengths, batch_size=8, seed=1, epoch=0)
+    assert len(found) == math.ceil(1003 / 8)
+    assert sorted(np.concatenate(found).tolist()) == list(range(1003))
+    assert sorted(map(len, found)) == [3, *[8] * 125]
 
 
 def test_order_depends_on_seed_and_epoch_alone() -> None:
     lengths = np.arange(100)
 
     def order(seed: int, epoch: int) -> list[int]:
-        batches = loop.epoch_batches(lengths, batch_size=8, seed=seed, epoch=epoch)
-        return np.concatenate(batches).tolist()
+        found = batches.epoch_batches(lengths, batch_size=8, seed=seed, epoch=epoch)
+        return np.concatenate(found).tolist()
 
     first = order(1, 0)
     np.random.seed(9)  # a global seed must not matter
@@ -118,14 +118,14 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
 
 def test_batches_are_of_like_lengths() -> None:
     lengths = np.random.default_rng(0).integers(1, 100, 4000)
-    batches = loop.epoch_batches(lengths, batch_size=10, seed=0, epoch=0)
-    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+    found = batches.epoch_batches(lengths, batch_size=10, seed=0, epoch=0)
+    padded = sum(len(batch) * lengths[batch].max() for batch in found)
     assert padded < 1.1 * lengths.sum()  # unsorted batches of ten would be padded by 80 %
 
 
 @pytest.mark.parametrize(("longest", "width"), [(3, 8), (8, 8), (9, 16), (20, 20)])
 def test_width_is_a_multiple_of_eight_within_the_limit(longest: int, width: int) -> None:
-    split = loop.Encoded(
+    split = batches.Encoded(
         input_ids=[[7] * 3, [9] * longest],
         segment_ids=[[0, 0, 1], [0] * longest],
         labels=None,
@@ -143,7 +143,7 @@ def test_encode_cuts_pairs_and_marks_segments() -> None:
     examples = Examples(
         source="x", version="", first=["a a a a", "a"], second=["b", "b"], labels=None
     )
-    split = loop.encode(examples, tokenizer, max_seq_length=6)
+    split = batches.encode(examples, tokenizer, max_seq_length=6)
     assert split.input_ids == [[2, 5, 5, 3, 6, 3], [2, 5, 3, 6, 3]]
     assert split.segment_ids == [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1]]
     assert split.lengths().tolist() == [6, 5]
@@ -151,9 +151,9 @@ def test_encode_cuts_pairs_and_marks_segments() -> None:
 
 def test_losses_by_hand() -> None:
     logits = torch.tensor([[1.0, 3.0], [0.0, 0.0]])
-    classes = loop.loss_sum(logits, torch.tensor([0, 1]))
+    classes = batches.loss_sum(logits, torch.tensor([0, 1]))
     assert classes.item() == pytest.approx(math.log(1 + math.e**2) + math.log(2))
-    scores = loop.loss_sum(torch.tensor([[1.0], [2.0]]), torch.tensor([3.0, 2.5]))
+    scores = batches.loss_sum(torch.tensor([[1.0], [2.0]]), torch.tensor([3.0, 2.5]))
     assert scores.item() == 4.25
 
 
@@ -170,7 +170,7 @@ def test_evaluation_loss_is_the_mean_over_examples() -> None:
     split = make_split(7)
     logits = predict(make_model(), split)
     expected = F.cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(split.labels))
-    assert loop.mean_loss(logits, split.labels) == pytest.approx(expected.item(), rel=1e-12)
+    assert batches.mean_loss(logits, split.labels) == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_training_is_that_of_a_plain_loop(capsys) -> None:
@@ -186,13 +186,13 @@ def test_training_is_that_of_a_plain_loop(capsys) -> None:
         [{"params": decayed, "weight_decay": 0.01}, {"params": undecayed, "weight_decay": 0.0}],
         eps=1e-6,
     )
-    batches = [
+    order = [
         batch
         for epoch in (0, 1)
-        for batch in loop.epoch_batches(split.lengths(), batch_size=4, seed=3, epoch=epoch)
+        for batch in batches.epoch_batches(split.lengths(), batch_size=4, seed=3, epoch=epoch)
     ]
     losses = []
-    for step, batch in enumerate(batches[:4]):
+    for step, batch in enumerate(order[:4]):
         loss = torch.stack(
             [
                 F.cross_entropy(
@@ -336,9 +336,9 @@ def test_bf16_trains_close_to_fp32(capsys) -> None:
 
 def test_regression_trains_towards_the_scores() -> None:
     model, split = make_model(num_labels=1), make_split(regression=True)
-    before = loop.mean_loss(predict(model, split), split.labels)
+    before = batches.mean_loss(predict(model, split), split.labels)
     train(model, split, dataclasses.replace(SETTINGS, num_epochs=15))
-    after = loop.mean_loss(predict(model, split), split.labels)
+    after = batches.mean_loss(predict(model, split), split.labels)
     assert after < 0.5 * before
 
 

@@ -83,9 +83,9 @@ def test_seeds_are_summarised_by_median_best_and_all() -> None:
     assert summary["median"] == 0.6
     assert summary["median_metrics"] == {"accuracy": 0.6}
     assert summary["all"] == [
-        {"seed": 1, "value": 0.5},
-        {"seed": 2, "value": 0.9},
-        {"seed": 3, "value": 0.6},
+        {"seed": 1, "value": 0.5, "metrics": {"accuracy": 0.5}},
+        {"seed": 2, "value": 0.9, "metrics": {"accuracy": 0.9}},
+        {"seed": 3, "value": 0.6, "metrics": {"accuracy": 0.6}},
     ]
     assert summary["wall_s"] == 4.5
 

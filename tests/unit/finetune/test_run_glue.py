@@ -1,6 +1,9 @@
+import dataclasses
 import itertools
 import json
+import re
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -126,7 +129,14 @@ def test_defaults_are_the_newest_model_data_glue_and_the_tasks_row(
     assert not (out / "state").exists()
     train = root / "SST-2" / "train.tsv"
     assert record.inputs["data/glue/SST-2/train.tsv"] == manifest.sha256_file(train)
-    assert "92.88" in capsys.readouterr().out  # the published figure stands beside ours
+    assert record.config["run"]["max_seq_length"] == 64  # the model's limit
+    printed = capsys.readouterr().out
+    assert "92.88" in printed  # the published figure stands beside ours
+    assert "mistakes and settings: runs/finetune/SST-2/report.html\n" in printed
+    page = (out / "report.html").read_text()
+    assert f'<td>accuracy</td><td class="figure">{100 * result["value"]:.2f}</td>' in page
+    [shown] = re.findall(r"Worst mistakes on dev.tsv: (\d+|none)", page)[:1]
+    assert int(shown.replace("none", "0")) == round(16 * (1 - result["value"]))
 
 
 def test_it_learns_and_the_same_seed_gives_the_same_result(
@@ -182,11 +192,15 @@ def test_several_seeds_keep_the_best_and_tell_the_median(
     values = sorted(one["value"] for one in each)
     assert result["median"] == values[1]
     assert result["value"] == result["best"] == values[2]
-    assert [one["seed"] for one in result["all"]] == [5, 6, 7]
+    assert result["all"] == [
+        {key: one[key] for key in ("seed", "value", "metrics")} for one in each
+    ]
     best = Path(f"out/seed_{result['seed']}")
     manifest.verify_folder(Path("out"))
     manifest.verify_folder(best)
-    assert Path("out/model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
+    for name in ("model.safetensors", "report.html"):
+        assert Path("out", name).read_bytes() == (best / name).read_bytes()
+    assert f"<title>SST-2, seed {result['seed']}</title>" in Path("out/report.html").read_text()
 
 
 def test_the_best_model_is_kept_and_patience_ends_the_training(
@@ -197,7 +211,7 @@ def test_the_best_model_is_kept_and_patience_ends_the_training(
 
     def scripted(*args) -> job.Evaluation:
         found = evaluate(*args)
-        return job.Evaluation(loss=found.loss, metrics={"accuracy": next(values)})
+        return dataclasses.replace(found, metrics={"accuracy": next(values)})
 
     monkeypatch.setattr(job, "evaluate", scripted)
     flags = ("--task_name", "sst2", "--num_train_epochs", "9", "--save_steps", "1")
@@ -357,6 +371,37 @@ def test_glue_runs_what_there_is_data_for_and_ax_on_mnlis_model(
     printed = capsys.readouterr().out
     assert "84.42/84.83" in printed
     assert "predictions only" in printed
+    links = re.findall(r'<a href="(.*?)">', (out / "glue.html").read_text())
+    assert links == [f"{task}/report.html" for task in ("SST-2", "STS-B", "STS-B", "MNLI", "MNLI")]
+    assert all((out / link).is_file() for link in links)
+    mnli = (out / "MNLI" / "report.html").read_text()
+    for name in ("dev_matched.tsv", "dev_mismatched.tsv"):
+        assert mnli.count(f"<h2>Answers on {name}</h2>") == 1
+    assert not (out / "AX" / "report.html").exists()  # it has no dev set
+
+
+def test_glue_packs_the_predictions_and_says_what_is_missing(
+    pretrained: Path, root: Path, monkeypatch, capsys
+) -> None:
+    for split in ("matched", "mismatched"):
+        rows = "index\tsentence1\tsentence2\n0\tthe tea\ta soup\n"
+        write(root / "MNLI" / f"test_{split}.tsv", rows)
+    write(root / "STS-B" / "test.tsv", "index\tsentence1\tsentence2\n0\tthe tea\ta soup\n")
+    # Of an earlier run; nothing of this one's.
+    write(Path("runs/finetune/RTE/RTE.tsv"), "index\tprediction\n0\tentailment\n")
+    run(monkeypatch, "--task_name", "glue", "--max_steps", "1", "--do_predict")
+    out = Path("runs/finetune")
+    with zipfile.ZipFile(out / "submission.zip") as archive:
+        assert archive.namelist() == [
+            f"{name}.tsv" for name in ("SST-2", "STS-B", "MNLI-m", "MNLI-mm", "AX")
+        ]
+        assert archive.read("AX.tsv") == (out / "AX" / "AX.tsv").read_bytes()
+    assert (
+        "warning: it lacks CoLA, MRPC, QQP, QNLI, RTE, WNLI, and the server takes no zip without"
+        in capsys.readouterr().out
+    )
+    run(monkeypatch, "--task_name", "glue", "--max_steps", "1")
+    assert not (out / "submission.zip").exists()
 
 
 def test_ax_needs_a_model_that_was_fine_tuned_on_mnli(
@@ -498,6 +543,42 @@ def test_results_stand_beside_published_ones() -> None:
         "5",
         "575",
     ]
+
+
+def test_the_page_of_all_tasks_has_each_metric_s_median_best_and_spread() -> None:
+    mrpc = {
+        "task": "MRPC",
+        "metric": "accuracy",
+        "metrics": {"accuracy": 0.8, "f1": 0.86},
+        "value": 0.8,
+        "median": 0.7,
+        "majority_baseline": 0.6838,
+        "steps": 1150,
+        "all": [
+            {"seed": 1, "value": 0.7, "metrics": {"accuracy": 0.7, "f1": 0.9}},
+            {"seed": 2, "value": 0.8, "metrics": {"accuracy": 0.8, "f1": 0.86}},
+            {"seed": 3, "value": 0.65, "metrics": {"accuracy": 0.65, "f1": 0.875}},
+        ],
+    }
+    one = {**mrpc, "task": "SST-2", "metrics": {"accuracy": 0.9}, "value": 0.9, "seed": 42}
+    del one["all"], one["median"]
+    ax = {**one, "task": "AX", "metric": "matthews", "metrics": {}, "value": None, "steps": 0}
+    ax["majority_baseline"] = None
+    table = glue.results_table([mrpc, one, ax], {"MRPC": "MRPC/report.html"})
+    assert table.title == "Dev sets, in percent; the tasks' average is 80.00"
+    assert table.header == (
+        *("task", "metric", "median", "best", "spread", "majority class", "PaddleNLP"),
+        *("seeds", "steps"),
+    )
+    figures = [
+        ("MRPC", "accuracy", "70.00", "80.00", "15.00", "68.38", "88.24", "3", "1,150"),
+        ("MRPC", "f1", "87.50", "90.00", "4.00", "-", "91.67", "3", "1,150"),
+        ("SST-2", "accuracy", "90.00", "90.00", "-", "68.38", "92.88", "1", "1,150"),
+        ("AX", "predictions only", "-", "-", "-", "-", "-", "1", "0"),
+    ]
+    assert table.rows == figures
+    assert table.links == ["MRPC/report.html", "MRPC/report.html", "", ""]
+    assert glue.results_table([ax], {}).title == "Dev sets, in percent"
 
 
 @pytest.mark.parametrize("flags", [("--n_gpu", "1"), ("--device", "gpu")])

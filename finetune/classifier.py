@@ -1,0 +1,110 @@
+"""A fine-tuned model, ready to answer texts of which nobody has said what is right."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from finetune import batches, metrics
+from finetune.data import Examples
+from finetune.tasks import TASKS
+from zerobert import checkpoint, manifest
+from zerobert.errors import CheckpointError, ConfigError
+from zerobert.model import BertForSequenceClassification
+from zerobert.tokenizer import WordPieceTokenizer
+
+# What a configuration that names no labels means to Hugging Face.
+_DEFAULT_LABELS = ("LABEL_0", "LABEL_1")
+
+Texts = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Classifier:
+    """The model, and what its outputs mean.
+
+    Args:
+        labels: in the order of the model's outputs; () means regression.
+        score_range: the least and the greatest score, where they are known.
+    """
+
+    model: BertForSequenceClassification
+    tokenizer: WordPieceTokenizer
+    labels: tuple[str, ...]
+    score_range: tuple[float, float] | None
+    max_seq_length: int
+
+
+def open_classifier(
+    name_or_path: str, device: torch.device, *, max_seq_length: int | None = None
+) -> Classifier:
+    """Load a fine-tuned model, ours or one in Hugging Face's format.
+
+    Args:
+        max_seq_length: None for what it was fine-tuned at; where that is not known, for
+            fine-tuning's default, or less where the model was made for less.
+
+    Raises:
+        CheckpointError: the folder can't be read, or the model has no classifier.
+        ConfigError: the model was made for shorter texts.
+    """
+    folder = checkpoint.open_model(name_or_path)
+    is_regression = folder.is_regression or len(folder.labels) == 1
+    labels = () if is_regression else folder.labels or _DEFAULT_LABELS
+    model = BertForSequenceClassification(folder.config, len(labels) or 1)
+    if checkpoint.load_weights(model, folder):
+        raise CheckpointError(
+            f"{folder.path} is not fine-tuned: it has no sentence classifier of "
+            f"{len(labels) or 1} outputs; give the output folder of a fine-tuning"
+        )
+    limit = folder.config.max_position_embeddings
+    source = _source(folder.path)
+    length = max_seq_length or source.get("max_seq_length") or min(batches.SEQ_LENGTH, limit)
+    if length > limit:
+        raise ConfigError(f"--max_seq_length {length}: {folder.path} was made for at most {limit}")
+    return Classifier(
+        model=model.to(device),
+        tokenizer=checkpoint.load_tokenizer(folder),
+        labels=labels,
+        score_range=next((t.score_range for t in TASKS if t.name == source.get("task")), None),
+        max_seq_length=length,
+    )
+
+
+def _source(folder: Path) -> dict[str, Any]:
+    """What our manifest says of how the model was made; nothing for a model from elsewhere."""
+    if not manifest.is_complete(folder):
+        return {}
+    source: dict[str, Any] = manifest.read_manifest(folder).config.get("run", {})
+    return source
+
+
+def answer(
+    classifier: Classifier, rows: Sequence[Texts], precision: str, device: torch.device
+) -> npt.NDArray[np.float64]:
+    """The probability of each class, or the score, of each row of one or two texts.
+
+    Returns:
+        N rows of as many columns as there are classes, of one for a score.
+    """
+    sides = [list(side) for side in zip(*rows, strict=True)]
+    examples = Examples(
+        source="",
+        version="",
+        first=sides[0],
+        second=sides[1] if len(sides) > 1 else None,
+        labels=None,
+    )
+    encoded = batches.encode(
+        examples, classifier.tokenizer, max_seq_length=classifier.max_seq_length
+    )
+    forward = batches.plain_forward(classifier.model, precision, device)
+    logits_NC = batches.predict(forward, encoded, device)
+    if classifier.labels:
+        return metrics.probabilities(logits_NC)
+    low, high = classifier.score_range or (-np.inf, np.inf)
+    return logits_NC.astype(np.float64).clip(low, high)
