@@ -1,6 +1,6 @@
 """From logits to the answers of SQuAD's questions, their scores and their file.
 
-Shapes: N windows, S sequence, K candidates.
+Shapes: N windows, S sequence, C candidates, K pieces of all contexts.
 """
 
 import collections
@@ -73,18 +73,18 @@ def _best_spans(
     places_S = np.arange(start_logits_NS.shape[1])
     first_N1, end_N1 = features.contexts_N2[:, :1], features.contexts_N2[:, 1:]
     is_context_NS = (first_N1 <= places_S) & (places_S < end_N1)
-    starts_NK, start_scores_NK = _top(start_logits_NS, is_context_NS, num_best)
-    ends_NK, end_scores_NK = _top(end_logits_NS, is_context_NS, num_best)
-    lengths_NKK = ends_NK[:, None, :] - starts_NK[:, :, None] + 1
-    scores_NKK = start_scores_NK[:, :, None] + end_scores_NK[:, None, :]
-    scores_NKK[(lengths_NKK < 1) | (lengths_NKK > max_answer_length)] = -np.inf
-    rows_N = np.arange(len(scores_NKK))
-    best_N = scores_NKK.reshape(len(scores_NKK), -1).argmax(axis=1)
-    start_N, end_N = np.unravel_index(best_N, scores_NKK.shape[1:])
+    starts_NC, start_scores_NC = _top(start_logits_NS, is_context_NS, num_best)
+    ends_NC, end_scores_NC = _top(end_logits_NS, is_context_NS, num_best)
+    lengths_NCC = ends_NC[:, None, :] - starts_NC[:, :, None] + 1
+    scores_NCC = start_scores_NC[:, :, None] + end_scores_NC[:, None, :]
+    scores_NCC[(lengths_NCC < 1) | (lengths_NCC > max_answer_length)] = -np.inf
+    rows_N = np.arange(len(scores_NCC))
+    best_N = scores_NCC.reshape(len(scores_NCC), -1).argmax(axis=1)
+    start_N, end_N = np.unravel_index(best_N, scores_NCC.shape[1:])
     return (
-        starts_NK[rows_N, start_N],
-        ends_NK[rows_N, end_N],
-        scores_NKK[rows_N, start_N, end_N],
+        starts_NC[rows_N, start_N],
+        ends_NC[rows_N, end_N],
+        scores_NCC[rows_N, start_N, end_N],
     )
 
 
@@ -92,8 +92,8 @@ def _top(
     logits_NS: Logits, is_context_NS: npt.NDArray[np.bool_], num_best: int
 ) -> tuple[npt.NDArray[np.int64], Logits]:
     scores_NS = np.where(is_context_NS, logits_NS, np.float32(-np.inf))
-    order_NK = np.argsort(-scores_NS, axis=1, kind="stable")[:, :num_best]
-    return order_NK, np.take_along_axis(scores_NS, order_NK, axis=1)
+    order_NC = np.argsort(-scores_NS, axis=1, kind="stable")[:, :num_best]
+    return order_NC, np.take_along_axis(scores_NS, order_NC, axis=1)
 
 
 def _cut(text: str, start: int, end: int) -> str:

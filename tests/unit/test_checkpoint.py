@@ -282,7 +282,9 @@ QUESTION_HEAD = {"qa_outputs.weight", "qa_outputs.bias"}
 
 
 @pytest.mark.parametrize(
-    "found", [BertForPreTraining(CONFIG), BertForSequenceClassification(CONFIG, 2)]
+    "found",
+    [BertForPreTraining(CONFIG), BertForSequenceClassification(CONFIG, 2)],
+    ids=["pretrained", "classifier"],
 )
 def test_a_question_head_is_new_where_there_is_none(tmp_path: Path, found: nn.Module) -> None:
     folder = save(tmp_path / "model", found)
