@@ -237,7 +237,7 @@ def _load_start(job: Job, model: BertForSequenceClassification) -> None:
     """The weights to start from; a classifier only where it answers with the same labels."""
     task, folder = job.task, job.folder
     answers_alike = folder.labels == task.label_names and folder.is_regression == task.is_regression
-    new = checkpoint.load_weights(model, folder, with_classifier=answers_alike)
+    new = checkpoint.load_weights(model, folder, with_task_head=answers_alike)
     if "classifier.weight" not in new:
         print(f"{task.name}: the classifier of {folder.path} is trained on")
 

@@ -23,7 +23,8 @@ from zerobert.tokenizer import WordPieceTokenizer
 
 WEIGHTS_NAME = "model.safetensors"
 # What a task adds on top of the encoder: may be missing from, or superfluous in, a folder.
-_HEADS = ("cls.", "classifier.", "qa_outputs.", "bert.pooler.")
+_TASK_HEADS = ("classifier.", "qa_outputs.")
+_HEADS = ("cls.", "bert.pooler.", *_TASK_HEADS)
 # What else Hugging Face's configuration can ask for, and the one value that is computed here.
 _ARCHITECTURE = {
     "position_embedding_type": "absolute",
@@ -131,12 +132,12 @@ def load_tokenizer(folder: ModelFolder) -> WordPieceTokenizer:
 
 
 def load_weights(
-    model: nn.Module, folder: ModelFolder, *, with_classifier: bool = True
+    model: nn.Module, folder: ModelFolder, *, with_task_head: bool = True
 ) -> list[str]:
     """Copy a folder's weights into a model.
 
     Args:
-        with_classifier: False where the folder's classifier answers another question.
+        with_task_head: False where the folder's classifier answers another question.
 
     Returns:
         The names of the model's parameters that the folder lacks (a head that is new), which keep
@@ -155,16 +156,16 @@ def load_weights(
     if strange := [name for name in unknown if not name.startswith(_HEADS)]:
         raise CheckpointError(f"{folder.path}: {strange[0]!r} is not a weight of this BERT")
     for name, parameter in own.items():
-        is_classifier = name.startswith("classifier.")
+        is_task_head = name.startswith(_TASK_HEADS)
         if name in found and (
-            found[name].shape != parameter.shape or (is_classifier and not with_classifier)
+            found[name].shape != parameter.shape or (is_task_head and not with_task_head)
         ):
-            if not is_classifier:
+            if not is_task_head:
                 raise CheckpointError(
                     f"{folder.path}: {name} has shape {tuple(found[name].shape)}, wanted "
                     f"{tuple(parameter.shape)}; config.json and the weights are not of one model"
                 )
-            missing.append(name)  # another task's classifier: as good as none
+            missing.append(name)  # another task's head: as good as none
     model.load_state_dict({name: found[name] for name in own if name not in missing}, strict=False)
     return missing
 
@@ -284,6 +285,8 @@ def _architecture(state: Mapping[str, Tensor], *, is_classifier: bool) -> str:
     """Hugging Face's class for the weights."""
     if is_classifier:
         return "BertForSequenceClassification"
+    if any(name.startswith("qa_outputs.") for name in state):
+        return "BertForQuestionAnswering"
     has_nsp = any(name.startswith("cls.seq_relationship.") for name in state)
     return "BertForPreTraining" if has_nsp else "BertForMaskedLM"
 

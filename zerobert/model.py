@@ -1,4 +1,4 @@
-"""The whole of BERT: embeddings, encoder, pooler, pretraining and classification heads, losses.
+"""The whole of BERT: embeddings, encoder, pooler, the heads of pretraining and of tasks, losses.
 
 Parameters carry Hugging Face's names, so a state dict needs no translation, with one difference:
 the decoder that is tied to the word embeddings is not a parameter of its own here.
@@ -423,6 +423,57 @@ class BertForSequenceClassification(nn.Module):
         encoded = self.bert(input_ids_BS, input_mask_BS, segment_ids_BS, packing)
         logits_BC: Tensor = self.classifier(_drop(self, self.bert.pool(encoded)))
         return logits_BC
+
+
+class BertForQuestionAnswering(nn.Module):
+    """BERT that points at the first and the last token of an answer; there is no pooler."""
+
+    def __init__(self, config: BertConfig, kernels: Kernels | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.bert = Bert(config, kernels or Kernels(), pooler=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        initialize(self, config.initializer_range)
+
+    def forward(
+        self, input_ids_BS: Tensor, input_mask_BS: Tensor, segment_ids_BS: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Logits of an answer's start and of its end, BS each; padding has the least there are.
+
+        So padding has no part in the softmax, and the width of a batch does not matter. Hugging
+        Face and google-research/bert let it have one.
+        """
+        packing = self.bert.pack(input_mask_BS)
+        encoded = self.bert(input_ids_BS, input_mask_BS, segment_ids_BS, packing)
+        logits_X2: Tensor = self.qa_outputs(encoded.x_XH)
+        if packing is not None:
+            nowhere = logits_X2.new_zeros(input_mask_BS.numel(), 2)
+            logits_X2 = nowhere.index_copy(0, packing.places_T, logits_X2)
+        is_padding_BS1 = input_mask_BS[..., None] == 0
+        logits_BS2 = logits_X2.view(*input_mask_BS.shape, 2)
+        logits_BS2 = logits_BS2.masked_fill(is_padding_BS1, torch.finfo(logits_BS2.dtype).min)
+        start_BS, end_BS = logits_BS2.unbind(-1)
+        return start_BS, end_BS
+
+
+def span_loss(start_BS: Tensor, end_BS: Tensor, starts_B: Tensor, ends_B: Tensor) -> Tensor:
+    """The summed loss of answers' starts and ends, in nats: of each row the mean of the two.
+
+    Args:
+        starts_B, ends_B: where the answer is; what lies beyond the row's end adds nothing, and
+            what lies before its beginning counts as [CLS].
+
+    Source: Devlin et al. 2018, section 4.2; the limits are those of Hugging Face's
+    BertForQuestionAnswering.
+    """
+    beyond = start_BS.shape[1]
+    losses = [
+        F.cross_entropy(
+            logits_BS.float(), at_B.clamp(0, beyond), ignore_index=beyond, reduction="sum"
+        )
+        for logits_BS, at_B in ((start_BS, starts_B), (end_BS, ends_B))
+    ]
+    return (losses[0] + losses[1]) / 2
 
 
 @torch.no_grad()

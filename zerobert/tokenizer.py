@@ -101,6 +101,16 @@ class WordPieceTokenizer:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def encode_words_with_offsets(
+        self, texts: Sequence[str]
+    ) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """As `encode_words`; beside the ids the characters of each piece in its text, [start, end).
+
+        They are those of the text as it was given, not of what the normalizer made of it.
+        """
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in encodings]
+
     def encode_pairs(
         self, first: Sequence[str], second: Sequence[str] | None, *, max_seq_length: int
     ) -> tuple[list[list[int]], list[list[int]]]:

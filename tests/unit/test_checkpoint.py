@@ -20,7 +20,11 @@ from zerobert import checkpoint, manifest
 from zerobert.checkpoint import ModelFolder, load_tokenizer, load_weights, newest_model, open_model
 from zerobert.config import BertConfig
 from zerobert.errors import CheckpointError, ConfigError, DataError, ManifestError
-from zerobert.model import BertForPreTraining, BertForSequenceClassification
+from zerobert.model import (
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+)
 from zerobert.tokenizer import SPECIAL_TOKENS, WordPieceTokenizer
 
 WORDS = "the quick brown fox jump ##s over a lazy dog . , ! ##ed un ##able Dog"
@@ -114,6 +118,7 @@ def test_other_classes_say_of_our_folder_what_they_say_of_their_own(tmp_path: Pa
         transformers.AutoModel,
         transformers.BertForMaskedLM,
         transformers.AutoModelForSequenceClassification,
+        transformers.AutoModelForQuestionAnswering,
     ):
         reports = [
             complaints(kind.from_pretrained(tmp_path / name, output_loading_info=True)[1])
@@ -251,6 +256,55 @@ def test_a_classifier_keeps_its_labels(
     ids = torch.tensor([[2, 5, 6, 3]])
     ones, zeros = torch.ones_like(ids), torch.zeros_like(ids)
     torch.testing.assert_close(ours(ids, ones, zeros), theirs.eval()(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_transformers_answers_questions_with_our_folder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ours = shaken(BertForQuestionAnswering(CONFIG))
+    folder = save(tmp_path / "model", ours)
+    theirs, report = transformers.AutoModelForQuestionAnswering.from_pretrained(
+        folder, output_loading_info=True
+    )
+    assert not any(complaints(report).values()), report
+    assert theirs.config.architectures == ["BertForQuestionAnswering"]
+    ids = torch.tensor([[2, 5, 6, 3]])
+    wanted = theirs.eval()(ids)
+    start_BS, end_BS = ours(ids, torch.ones_like(ids), torch.zeros_like(ids))
+    torch.testing.assert_close(start_BS, wanted.start_logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(end_BS, wanted.end_logits, atol=1e-5, rtol=0)
+    again = BertForQuestionAnswering(CONFIG)
+    assert load_weights(again, open_model(str(folder))) == []
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name
+
+
+QUESTION_HEAD = {"qa_outputs.weight", "qa_outputs.bias"}
+
+
+@pytest.mark.parametrize(
+    "found",
+    [BertForPreTraining(CONFIG), BertForSequenceClassification(CONFIG, 2)],
+    ids=["pretrained", "classifier"],
+)
+def test_a_question_head_is_new_where_there_is_none(tmp_path: Path, found: nn.Module) -> None:
+    folder = save(tmp_path / "model", found)
+    assert set(load_weights(BertForQuestionAnswering(CONFIG), open_model(str(folder)))) == (
+        QUESTION_HEAD
+    )
+
+
+def test_a_question_head_of_another_shape_is_left_out(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", BertForQuestionAnswering(CONFIG))
+    (folder / "manifest.json").unlink()
+    edit_weights(
+        lambda weights: weights.update(
+            {"qa_outputs.weight": torch.zeros(3, 24), "qa_outputs.bias": torch.zeros(3)}
+        )
+    )(folder)
+    opened = open_model(str(folder))
+    assert set(load_weights(BertForQuestionAnswering(CONFIG), opened)) == QUESTION_HEAD
+    new = load_weights(BertForSequenceClassification(CONFIG, 2), opened)
+    assert {name.rpartition(".")[0] for name in new} == {"classifier", "bert.pooler.dense"}
 
 
 def test_eleven_labels_keep_their_order(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Our BERT against Hugging Face's, and what must hold of any BERT."""
 
 import dataclasses
+import math
 import shutil
 
 import pytest
@@ -14,8 +15,10 @@ from zerobert.kernels import Kernels
 from zerobert.kernels.attention import Layout
 from zerobert.model import (
     BertForPreTraining,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     num_parameters,
+    span_loss,
     training_flops_per_sequence,
 )
 from zerobert.packing import NUM_SHAPES, pack
@@ -145,6 +148,81 @@ def test_classifier_equals_hugging_face() -> None:
         token_type_ids=batch["segment_ids"],
     ).logits
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+
+
+def _question_twins(kernels: Kernels) -> tuple[BertForQuestionAnswering, torch.nn.Module]:
+    torch.manual_seed(0)
+    ours = BertForQuestionAnswering(CONFIG, kernels).eval()
+    theirs = transformers.BertForQuestionAnswering(
+        transformers.BertConfig(**dataclasses.asdict(CONFIG), attn_implementation="eager")
+    ).eval()
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize("kernels", [Kernels(packing=False), Kernels()], ids=["padded", "packed"])
+def test_question_answering_equals_hugging_face(kernels: Kernels) -> None:
+    """Theirs sees each row alone and without padding, which has a part in their softmax."""
+    ours, theirs = _question_twins(kernels)
+    batch = _batch()
+    ids, mask, segments = batch["input_ids"], batch["input_mask"], batch["segment_ids"]
+    lengths = mask.sum(1)
+    assert (lengths < ids.shape[1]).any()
+    starts, ends = torch.tensor([0, 3, 7, 2, 1]), torch.tensor([0, 6, 7, 5, 1])
+    got_BS = ours(ids, mask, segments)
+    least = torch.finfo(torch.float32).min
+    theirs_sum = torch.zeros(())
+    for row, length in enumerate(lengths):
+        alone = (slice(row, row + 1), slice(0, length))
+        wanted = theirs(
+            input_ids=ids[alone],
+            token_type_ids=segments[alone],
+            start_positions=starts[row : row + 1],
+            end_positions=ends[row : row + 1],
+        )
+        for got, logits in zip(got_BS, (wanted.start_logits, wanted.end_logits), strict=True):
+            torch.testing.assert_close(got[alone], logits, atol=1e-5, rtol=0)
+            assert (got[row, length:] == least).all()
+        theirs_sum = theirs_sum + wanted.loss
+    loss = span_loss(*got_BS, starts, ends)
+    torch.testing.assert_close(loss, theirs_sum, atol=1e-5, rtol=0)
+
+    loss.backward()
+    theirs_sum.backward()
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        got_grad = parameter.grad[: len(gradients[name])]
+        torch.testing.assert_close(got_grad, gradients[name], atol=1e-5, rtol=0, msg=name)
+
+
+def test_question_answering_of_full_rows_is_hugging_face_s_batch() -> None:
+    ours, theirs = _question_twins(Kernels())
+    ids = _batch()["input_ids"].clamp(min=1)
+    ones, zeros = torch.ones_like(ids), torch.zeros_like(ids)
+    # A row in the middle has an answer that ends beyond it.
+    starts, ends = torch.tensor([0, 3, 20, 23, 1]), torch.tensor([0, 6, 24, 23, 1])
+    wanted = theirs(input_ids=ids, start_positions=starts, end_positions=ends)
+    start_BS, end_BS = ours(ids, ones, zeros)
+    torch.testing.assert_close(start_BS, wanted.start_logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(end_BS, wanted.end_logits, atol=1e-5, rtol=0)
+    starts_loss = span_loss(start_BS, start_BS, starts, starts)
+    ends_loss = span_loss(end_BS, end_BS, ends, ends)
+    torch.testing.assert_close(
+        (starts_loss / 5 + ends_loss / 4) / 2, wanted.loss, atol=1e-5, rtol=0
+    )
+    both = span_loss(start_BS, end_BS, starts, ends)
+    torch.testing.assert_close(both, (starts_loss + ends_loss) / 2, atol=1e-5, rtol=0)
+
+
+def test_span_loss_by_hand() -> None:
+    start_BS = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, math.log(3), 0.0, 0.0]])
+    end_BS = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, math.log(5), 0.0]])
+    # Row 0: ln 4 and, beyond the row, nothing. Row 1: ln(6 / 3) and ln(8 / 5).
+    loss = span_loss(start_BS, end_BS, torch.tensor([-1, 1]), torch.tensor([9, 2]))
+    assert loss.item() == pytest.approx((math.log(4) + math.log(2) + math.log(1.6)) / 2)
 
 
 def test_evaluation_counts_correct_predictions() -> None:

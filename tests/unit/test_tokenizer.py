@@ -56,6 +56,29 @@ def test_words_become_pieces() -> None:
     )
 
 
+def test_pieces_say_which_characters_they_are() -> None:
+    tokenizer = WordPieceTokenizer(VOCAB, do_lower_case=True)
+    texts = ["  The ÉCOLE, unaffable", "東京 x\u0301y", ""]
+    encoded = tokenizer.encode_words_with_offsets(texts)
+    assert [ids for ids, _ in encoded] == tokenizer.encode_words(texts)
+    pieces = [
+        [(VOCAB[token], text[start:end]) for token, (start, end) in zip(*encoding, strict=True)]
+        for text, encoding in zip(texts, encoded, strict=True)
+    ]
+    assert pieces == [
+        [
+            ("the", "The"),
+            ("ecole", "ÉCOLE"),
+            (",", ","),
+            ("un", "un"),
+            ("##aff", "aff"),
+            ("##able", "able"),
+        ],
+        [("東", "東"), ("京", "京"), ("x", "x"), ("##y", "y")],
+        [],
+    ]
+
+
 def test_special_ids_are_those_of_the_vocabulary(tokenizer: WordPieceTokenizer) -> None:
     assert (tokenizer.pad_id, tokenizer.unk_id, tokenizer.cls_id) == (0, 1, 2)
     assert (tokenizer.sep_id, tokenizer.mask_id) == (3, 4)
