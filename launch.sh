@@ -24,6 +24,7 @@ usage: bash launch.sh <command> [flags passed on]
   pretrain    shards -> a pretrained model, with DeepSpeed
   sst2 cola mrpc stsb qqp mnli qnli rte wnli ax
               fine-tune the newest pretrained model on a GLUE task
+  squad       the same on SQuAD v1.1, questions about paragraphs
   glue        every GLUE task that there is data for, and one table
   finetune    any task, your own files too: --task_name custom (finetune --help)
   predict     a fine-tuned model -> the class of each text that you give, with its probabilities
@@ -153,7 +154,7 @@ main() {
     case $command in
         help | -h | --help) usage; exit ;;
         "") usage >&2; exit 2 ;;
-        demo | prep | pretrain | finetune | predict | report | doctor | test | check) set_up ;;
+        demo | prep | pretrain | finetune | squad | predict | report | doctor | test | check) set_up ;;
         sst2 | cola | mrpc | stsb | qqp | mnli | qnli | rte | wnli | ax | glue) set_up ;;
         *) die "unknown command '$command'; \`bash launch.sh help\` lists them" ;;
     esac
@@ -164,6 +165,7 @@ main() {
         prep) exec "$python" "$root/data_prep/__main__.py" "$@" ;;
         pretrain) exec "$python" "$root/zerobert/launcher.py" "$root/pretrain/run.py" "$@" ;;
         finetune) exec "$python" "$root/finetune/run_glue.py" "$@" ;;
+        squad) exec "$python" "$root/finetune/run_squad.py" "$@" ;;
         predict) exec "$python" "$root/finetune/predict.py" "$@" ;;
         report) exec "$python" "$root/pretrain/report.py" "$@" ;;
         doctor) exec "$python" "$root/zerobert/doctor.py" "$@" ;;

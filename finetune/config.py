@@ -1,17 +1,23 @@
 """The settings of a run: the task's own, then a DeepSpeed JSON, then flags."""
 
 import argparse
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import logging
+import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from finetune.tasks import Task
+import torch
+
+from finetune.loop import Settings
 from zerobert import distributed, engine
 from zerobert.config import check_keys, from_dict, load_json
 from zerobert.ds_config import batch_sizes, clipping, override
 from zerobert.errors import ConfigError
 from zerobert.kernels import Kernels
 from zerobert.optim import optimizer_config
+from zerobert.schedule import ScheduleConfig
 
 # fp32 weights, matrix products in bf16: what a bf16 run of Hugging Face's Trainer does.
 _BF16 = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
@@ -31,7 +37,55 @@ class BertSection:
     kernels: Kernels = dataclasses.field(default_factory=Kernels)
 
 
-def deepspeed_config(args: argparse.Namespace, task: Task) -> tuple[dict[str, Any], Kernels]:
+@contextlib.contextmanager
+def one_process_speaks(args: argparse.Namespace) -> Iterator[None]:
+    """Let rank 0 print for all, and say what a run's flags don't find here."""
+    # Without network it would print ten lines of retries before our one.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    with contextlib.ExitStack() as stack:
+        if not distributed.is_main():
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+        if (args.n_gpu == 1 or args.device == "gpu") and not torch.cuda.is_available():
+            print("this machine has no CUDA device; running on the CPU")
+        yield
+
+
+def choose_settings(
+    args: argparse.Namespace,
+    seed: int,
+    *,
+    batch_size: int,
+    learning_rate: float,
+    num_epochs: float,
+) -> Settings:
+    """The flags of `finetune.flags` and the JSON, and where neither says anything these defaults.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    deepspeed, kernels = deepspeed_config(args, batch_size, learning_rate)
+    epochs = args.num_train_epochs
+    return Settings(
+        deepspeed=deepspeed,
+        kernels=kernels,
+        num_epochs=num_epochs if epochs is None else epochs,
+        max_steps=None if args.max_steps == -1 else args.max_steps,
+        schedule=ScheduleConfig(
+            warmup_steps=args.warmup_steps, warmup_proportion=args.warmup_proportion
+        ),
+        layer_decay=args.layer_decay,
+        logging_steps=args.logging_steps,
+        save_steps=args.save_steps,
+        seed=seed,
+        keeps_best=args.load_best_model_at_end or args.early_stopping_patience is not None,
+        patience=args.early_stopping_patience,
+    )
+
+
+def deepspeed_config(
+    args: argparse.Namespace, batch_size: int, learning_rate: float
+) -> tuple[dict[str, Any], Kernels]:
     """All of DeepSpeed's keys that the run is to have, and the kernels.
 
     Raises:
@@ -48,12 +102,12 @@ def deepspeed_config(args: argparse.Namespace, task: Task) -> tuple[dict[str, An
         )
     ds = override(_without_auto(raw), args, bf16=_BF16)
     if not any(name in ds for name in _BATCH_KEYS[:2]):
-        ds["train_micro_batch_size_per_gpu"] = task.batch_size
+        ds["train_micro_batch_size_per_gpu"] = batch_size
     sizes = batch_sizes(ds, distributed.world_size())
     ds["train_micro_batch_size_per_gpu"] = sizes.micro_samples
     ds["gradient_accumulation_steps"] = sizes.accumulation_steps
     asked = {"type": "AdamW", **ds.get("optimizer", {})}
-    defaults = {"lr": task.learning_rate, "weight_decay": _WEIGHT_DECAY, "eps": _EPSILON}
+    defaults = {"lr": learning_rate, "weight_decay": _WEIGHT_DECAY, "eps": _EPSILON}
     asked["params"] = {**defaults, **asked.get("params", {})}
     optimizer = optimizer_config(asked, f"{where}: optimizer")
     ds["gradient_clipping"] = clipping(ds, optimizer.params.max_grad_norm)

@@ -1,15 +1,10 @@
 """From flags to runs: which tasks, from which model, with which settings and seeds."""
 
 import argparse
-import contextlib
-import logging
-import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from finetune import config, glue, job, loop, submission
+from finetune import config, glue, job, submission
 from finetune.data import find_labels, parse_columns
 from finetune.output import check_output
 from finetune.report import REPORT_NAME
@@ -20,7 +15,6 @@ from zerobert.device import slow_precision, this_device
 from zerobert.engine import computes_in
 from zerobert.errors import ConfigError
 from zerobert.manifest import is_complete
-from zerobert.schedule import ScheduleConfig
 from zerobert.signals import StopRequest
 
 RUNS = Path("runs")
@@ -37,14 +31,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
         ZerobertError: what the user can mend.
         SystemExit: a signal asked to end.
     """
-    # Without network it would print ten lines of retries before our one.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    with contextlib.ExitStack() as stack:
-        if not distributed.is_main():  # one process prints for all
-            silence = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(silence))
-        if (args.n_gpu == 1 or args.device == "gpu") and not torch.cuda.is_available():
-            print("this machine has no CUDA device; running on the CPU")
+    with config.one_process_speaks(args):
         if plain(args.task_name) == "glue":
             run_all(args, stop)
         else:
@@ -124,7 +111,13 @@ def run_task(
     """
     with distributed.one_voice():
         seeds = parse_seeds(args)
-        settings = choose_settings(args, task, seeds[0])
+        settings = config.choose_settings(
+            args,
+            seeds[0],
+            batch_size=task.batch_size,
+            learning_rate=task.learning_rate,
+            num_epochs=task.num_epochs,
+        )
         check_output(out, Path(model))
         if slow := slow_precision(this_device(), computes_in(settings.deepspeed)):
             print(f"warning: {slow}")
@@ -185,31 +178,6 @@ def custom_row(args: argparse.Namespace) -> Task:
         text_columns=parse_columns(args.text_columns),
         label_column=args.label_column,
         labels=() if args.regression else find_labels(args.train_file, args.label_column),
-    )
-
-
-def choose_settings(args: argparse.Namespace, task: Task, seed: int) -> loop.Settings:
-    """The flags, and the task's own settings where there is none.
-
-    Raises:
-        ConfigError: a value is out of range.
-    """
-    deepspeed, kernels = config.deepspeed_config(args, task)
-    epochs = args.num_train_epochs
-    return loop.Settings(
-        deepspeed=deepspeed,
-        kernels=kernels,
-        num_epochs=task.num_epochs if epochs is None else epochs,
-        max_steps=None if args.max_steps == -1 else args.max_steps,
-        schedule=ScheduleConfig(
-            warmup_steps=args.warmup_steps, warmup_proportion=args.warmup_proportion
-        ),
-        layer_decay=args.layer_decay,
-        logging_steps=args.logging_steps,
-        save_steps=args.save_steps,
-        seed=seed,
-        keeps_best=args.load_best_model_at_end or args.early_stopping_patience is not None,
-        patience=args.early_stopping_patience,
     )
 
 

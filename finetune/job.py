@@ -11,23 +11,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load_file, save_file
+from torch import nn
 
-from finetune import batches, data, loop, metrics, output, report
+from finetune import batches, course, data, loop, metrics, output, report
+from finetune.course import Evaluation, Weights, jsonable
 from finetune.data import Examples, Labels
 from finetune.tasks import Split, Task
-from zerobert import checkpoint, distributed, manifest, training_state
+from zerobert import checkpoint, distributed, manifest
 from zerobert.checkpoint import ModelFolder
 from zerobert.device import this_device
-from zerobert.ds_config import check_same_run, flatten
-from zerobert.engine import Engine, computes_in
+from zerobert.engine import computes_in
 from zerobert.errors import ConfigError
 from zerobert.model import BertForSequenceClassification, num_parameters
 from zerobert.signals import StopRequest
 from zerobert.tokenizer import WordPieceTokenizer
-from zerobert.training_state import StateReader
-
-_BEST_NAME = "best.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +72,7 @@ def prepare(
             f"and {folder.path} is none; fine-tune on {task.trained_on} and give its output folder"
         )
     where = data.choose_folder(task, data_dir) if task.folders else Path()
-    versions = {"model": _model_version(folder.path), "vocabulary": tokenizer.sha256}
+    versions = {"model": checkpoint.version(folder.path), "vocabulary": tokenizer.sha256}
 
     def read(split: Split) -> Examples:
         examples = data.load_split(task, split, where)
@@ -101,11 +98,6 @@ def prepare(
         max_seq_length=length,
         versions=versions,
     )
-
-
-def _model_version(path: Path) -> str:
-    weights = [path / checkpoint.WEIGHTS_NAME, path / "pytorch_model.bin"]
-    return next((manifest.sha256_file(file) for file in weights if file.is_file()), "")
 
 
 def run_seeds(
@@ -170,7 +162,7 @@ def finished(
         return None
     wanted = list(seeds) if job.train else [seeds[0]]
     record = manifest.read_manifest(out)
-    runs = [_jsonable(_source(job, _with_seed(settings, seed))) for seed in wanted]
+    runs = [jsonable(_source(job, _with_seed(settings, seed))) for seed in wanted]
     if record.config.get("run") not in runs or record.inputs != job.versions:
         return None
     result: dict[str, Any] = json.loads((out / output.RESULT_NAME).read_text(encoding="utf-8"))
@@ -188,28 +180,15 @@ def run(
     """
     started = time.perf_counter()
     start = "random weights" if job.random_init else str(job.folder.path)
-    ranks = distributed.world_size()
-    place = f"{this_device().type}" + (f" x {ranks}" if ranks > 1 else "")
-    print(f"{job.task.name}: from {start} to {out}, seed {settings.seed}, on {place}")
-    torch.manual_seed(settings.seed)
-    model = BertForSequenceClassification(job.folder.config, job.task.num_outputs, settings.kernels)
-    if not job.random_init:
-        _load_start(job, model)
-    progress = Progress()
+    course.announce(job.task.name, start, out, settings.seed)
     if job.train:
-        progress = _train(job, model, settings, out, stop, resumes=resumes)
-        model = BertForSequenceClassification(
-            job.folder.config, job.task.num_outputs, settings.kernels
-        )
-        with distributed.one_voice():
-            model.load_state_dict(_kept_weights(out / output.STATE_NAME))
-    forward = batches.plain_forward(model, computes_in(settings.deepspeed), this_device())
-    evaluation = progress.kept
-    if evaluation is None:
-        evaluation = evaluate(job, forward, progress.kept_step)
-    predictions = [batches.predict(forward, encoded, this_device()) for encoded in job.test]
-    elapsed_s = progress.elapsed_s + time.perf_counter() - started
-    result = _describe(job, model, settings, progress, evaluation, elapsed_s)
+        made = course.run(_course(job, settings), settings, out, stop, resumes=resumes)
+    else:
+        made = _as_it_is(job, settings)
+    predictions = [batches.predict(made.forward, split, this_device()) for split in job.test]
+    progress, evaluation = made.progress, made.evaluation
+    wall_s = progress.earlier_s + time.perf_counter() - started
+    result = _describe(job, settings, made, wall_s)
     with distributed.one_voice():
         if distributed.is_main():
             with output.replacing(
@@ -220,7 +199,7 @@ def run(
             ) as staging:
                 checkpoint.write_model_files(
                     staging,
-                    model.state_dict(),
+                    made.model.state_dict(),
                     job.folder.config,
                     job.tokenizer,
                     card=_card(job, settings, evaluation),
@@ -233,8 +212,24 @@ def run(
     return result
 
 
-def _load_start(job: Job, model: BertForSequenceClassification) -> None:
+def _as_it_is(job: Job, settings: loop.Settings) -> course.Outcome:
+    """The model of a task that has nothing to train on."""
+    model = _new_model(job, settings)
+    _load_start(job, model)
+    forward = batches.plain_forward(model, computes_in(settings.deepspeed), this_device())
+    evaluation = evaluate(job, forward, 0)
+    progress = course.Progress()
+    return course.Outcome(model=model, forward=forward, progress=progress, evaluation=evaluation)
+
+
+def _new_model(job: Job, settings: loop.Settings) -> BertForSequenceClassification:
+    return BertForSequenceClassification(job.folder.config, job.task.num_outputs, settings.kernels)
+
+
+def _load_start(job: Job, model: nn.Module) -> None:
     """The weights to start from; a classifier only where it answers with the same labels."""
+    if job.random_init:
+        return
     task, folder = job.task, job.folder
     answers_alike = folder.labels == task.label_names and folder.is_regression == task.is_regression
     new = checkpoint.load_weights(model, folder, with_task_head=answers_alike)
@@ -242,168 +237,23 @@ def _load_start(job: Job, model: BertForSequenceClassification) -> None:
         print(f"{task.name}: the classifier of {folder.path} is trained on")
 
 
-@dataclasses.dataclass(kw_only=True)
-class Progress:
-    """How far a training has come.
-
-    Attributes:
-        saved_steps: of the `step_<n>` folders.
-        kept_step: of the model that is kept: the best one or the last.
-        kept: its evaluation; None where that was not done in this process.
-        num_worse: evaluations in a row without a better value.
-    """
-
-    step: int = 0
-    elapsed_s: float = 0.0
-    saved_steps: list[int] = dataclasses.field(default_factory=list)
-    kept_step: int = 0
-    best_value: float | None = None
-    num_worse: int = 0
-    kept: "Evaluation | None" = None
-
-
-def _train(
-    job: Job,
-    model: BertForSequenceClassification,
-    settings: loop.Settings,
-    out: Path,
-    stop: StopRequest,
-    *,
-    resumes: bool,
-) -> Progress:
-    """Train to the end, leaving the state with the weights that are kept; collective.
-
-    Raises:
-        SystemExit: a signal asked to end; the state is saved.
-    """
+def _course(job: Job, settings: loop.Settings) -> course.Course:
     assert job.train is not None
-    started = time.perf_counter()
-    engine = loop.start_engine(model, settings)
-    folder = out / output.STATE_NAME
-    progress = Progress()
-    with distributed.one_voice():
-        saved = _find_state(job, settings, folder) if resumes else None
-    if saved is not None:
-        with distributed.one_voice():
-            engine.restore(StateReader(folder))
-        progress = Progress(**saved)
-        print(f"{job.task.name}: going on from step {progress.step}, saved in {folder}")
-    before_s = progress.elapsed_s
 
-    def is_spent() -> bool:
-        return settings.patience is not None and progress.num_worse >= settings.patience
+    def save_step(weights: Weights, evaluation: Evaluation, folder: Path) -> None:
+        _save_step(job, weights, settings, evaluation, folder)
 
-    reviews = loop.train(engine, job.train, settings, stop, first_step=progress.step)
-    for review in reviews if not is_spent() else ():
-        progress.step = review.step
-        evaluation = None
-        if not review.exit_code:
-            engine.train(False)
-            evaluation = evaluate(job, engine.forward, review.step)
-            _judge(job, settings, progress, evaluation)
-        progress.elapsed_s = before_s + time.perf_counter() - started
-        _save(job, settings, engine, progress, review, evaluation, folder)
-        if review.exit_code:
-            print(f"stopped at step {review.step}: the same command goes on from there", flush=True)
-            raise SystemExit(review.exit_code)
-        if is_spent():
-            print(
-                f"step {progress.step}: no better {job.task.metrics[0]} in the last "
-                f"{progress.num_worse} evaluations; that of step {progress.kept_step} is kept",
-                flush=True,
-            )
-            break
-    engine.close()
-    return progress
-
-
-def _judge(job: Job, settings: loop.Settings, progress: Progress, evaluation: "Evaluation") -> None:
-    """Note whether this is the model to keep."""
-    value = evaluation.metrics[job.task.metrics[0]]
-    is_better = progress.best_value is None or value > progress.best_value
-    progress.num_worse = 0 if is_better else progress.num_worse + 1
-    if is_better:
-        progress.best_value = value
-    if is_better or not settings.keeps_best:
-        progress.kept_step, progress.kept = progress.step, evaluation
-
-
-def _save(
-    job: Job,
-    settings: loop.Settings,
-    engine: Engine,
-    progress: Progress,
-    review: loop.Review,
-    evaluation: "Evaluation | None",
-    folder: Path,
-) -> None:
-    """The state to go on from, with the weights that are kept, and `step_<n>` where asked for."""
-    if not settings.keeps_best:
-        progress.kept_step = progress.step
-    saves_model = review.saves and evaluation is not None
-    if saves_model:
-        progress.saved_steps.append(review.step)
-
-    def finish(reader: StateReader, staging: Path) -> None:
-        weights = dict(reader.weights())
-        if saves_model:
-            assert evaluation is not None
-            _save_step(job, weights, settings, evaluation, folder.parent / f"step_{review.step}")
-        if settings.keeps_best:
-            with manifest.writing(staging):
-                if progress.kept_step == progress.step:
-                    save_file(weights, staging / _BEST_NAME)
-                elif (folder / _BEST_NAME).is_file():
-                    shutil.copy2(folder / _BEST_NAME, staging / _BEST_NAME)
-
-    noted = {
-        field.name: getattr(progress, field.name)
-        for field in dataclasses.fields(progress)
-        if field.name != "kept"
-    }
-    training_state.write_state(
-        folder,
-        engine.snapshot(),
-        config={"run": _source(job, settings), "progress": noted},
+    return course.Course(
+        name=job.task.name,
+        metric=job.task.metrics[0],
+        train=job.train,
+        source=jsonable(_source(job, settings)),
         inputs=job.versions,
-        finish=finish,
+        evaluate=lambda forward, step: evaluate(job, forward, step),
+        save_step=save_step,
+        new_model=lambda: _new_model(job, settings),
+        load_start=lambda model: _load_start(job, model),
     )
-
-
-def _find_state(job: Job, settings: loop.Settings, folder: Path) -> dict[str, Any] | None:
-    """What was noted of a training that did not come to its end, its files verified.
-
-    Raises:
-        ConfigError: it was of other settings or inputs.
-        ManifestError: the state is damaged.
-    """
-    if not manifest.is_complete(folder):
-        return None
-    record = manifest.verify_folder(folder)
-    before, now = (
-        {**flatten(run), **inputs}
-        for run, inputs in (
-            (record.config["run"], record.inputs),
-            (_jsonable(_source(job, settings)), job.versions),
-        )
-    )
-    check_same_run(before, now, str(folder))
-    progress: dict[str, Any] = record.config["progress"]
-    return progress
-
-
-def _kept_weights(folder: Path) -> dict[str, torch.Tensor]:
-    best = folder / _BEST_NAME
-    return load_file(best) if best.is_file() else dict(StateReader(folder).weights())
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """The loss on the main dev set, and the metrics and the logits NC of all of them."""
-
-    loss: float | None
-    metrics: dict[str, float]
-    logits: tuple[npt.NDArray[np.float32], ...] = ()
 
 
 def evaluate(job: Job, forward: Callable[..., torch.Tensor], step: int) -> Evaluation:
@@ -490,7 +340,7 @@ def _write_report(
 
 def _save_step(
     job: Job,
-    weights: Mapping[str, torch.Tensor],
+    weights: Weights,
     settings: loop.Settings,
     evaluation: Evaluation,
     folder: Path,
@@ -510,14 +360,10 @@ def _save_step(
 
 
 def _describe(
-    job: Job,
-    model: BertForSequenceClassification,
-    settings: loop.Settings,
-    progress: Progress,
-    evaluation: Evaluation,
-    wall_s: float,
+    job: Job, settings: loop.Settings, made: course.Outcome, wall_s: float
 ) -> dict[str, Any]:
     """What `result.json` says."""
+    evaluation = made.evaluation
     return {
         "task": job.task.name,
         "metric": job.task.metrics[0],
@@ -527,13 +373,13 @@ def _describe(
         "eval_loss": evaluation.loss,
         "num_eval_samples": len(job.dev[0]) if job.dev else 0,
         "seed": settings.seed,
-        "steps": progress.step,
-        "kept_step": progress.kept_step,
+        "steps": made.progress.step,
+        "kept_step": made.progress.kept_step,
         "model": {
             "path": str(job.folder.path),
             "sha256": job.versions["model"],
             "vocabulary_sha256": job.tokenizer.sha256,
-            "num_parameters": num_parameters(model),
+            "num_parameters": num_parameters(made.model),
             "random_init": job.random_init,
         },
         "wall_s": round(wall_s, 3),
@@ -542,22 +388,14 @@ def _describe(
 
 def _source(job: Job, settings: loop.Settings) -> dict[str, Any]:
     """All that decides what comes out, except the inputs."""
-    chosen = dataclasses.asdict(settings)
-    for name in ("logging_steps", "save_steps"):
-        del chosen[name]
     return {
         "task": job.task.name,
         "model": str(job.folder.path),
         "random_init": job.random_init,
         "max_seq_length": job.max_seq_length,
         "processes": distributed.world_size(),
-        "settings": chosen,
+        "settings": settings.deciding(),
     }
-
-
-def _jsonable(value: Any) -> Any:
-    """As it will be read back from a file."""
-    return json.loads(json.dumps(value))
 
 
 def _card(job: Job, settings: loop.Settings, evaluation: Evaluation) -> str:

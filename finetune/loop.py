@@ -69,6 +69,13 @@ class Settings:
         """The peak rate."""
         return float(self.deepspeed["optimizer"]["params"]["lr"])
 
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide what comes out."""
+        chosen = dataclasses.asdict(self)
+        for name in ("logging_steps", "save_steps"):
+            del chosen[name]
+        return chosen
+
     def count_steps(self, num_examples: int, batch_size: int) -> int:
         """The length of the run in steps."""
         steps = math.ceil(self.num_epochs * math.ceil(num_examples / batch_size))

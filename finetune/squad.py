@@ -71,7 +71,7 @@ class Questions:
         return len(self.rows)
 
 
-def load_questions(split: Split, folder: Path, *, for_training: bool) -> Questions:
+def load_questions(split: Split, path: Path, *, for_training: bool) -> Questions:
     """Read one split, warning of a count that is not the official one.
 
     Args:
@@ -81,7 +81,6 @@ def load_questions(split: Split, folder: Path, *, for_training: bool) -> Questio
     Raises:
         DataError: the file is missing, empty or broken, or all its answers are elsewhere.
     """
-    path = folder / split.files[0].name
     rows = tuple(_questions(_read_json(path), str(path)))
     if not rows:
         raise DataError(f"{path}: no questions; the file is empty or was cut off")

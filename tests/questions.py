@@ -55,5 +55,6 @@ def example() -> dict[str, Any]:
 
 
 def write(folder: Path, content: object) -> Path:
-    (folder / "train.json").write_text(json.dumps(content), encoding="utf-8")
-    return folder
+    path = folder / "train.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path

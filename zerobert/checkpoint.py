@@ -114,6 +114,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def version(path: Path) -> str:
+    """The sha256 of a model folder's weights; empty where there are none."""
+    weights = [path / WEIGHTS_NAME, path / "pytorch_model.bin"]
+    return next((manifest.sha256_file(file) for file in weights if file.is_file()), "")
+
+
 def load_tokenizer(folder: ModelFolder) -> WordPieceTokenizer:
     """The folder's tokenizer.
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from finetune import experiment, glue, job, loop, run_glue
+from finetune.course import Evaluation
 from finetune.tasks import TASKS, find_task
 from zerobert import manifest
 from zerobert.checkpoint import load_weights, newest_model, open_model, save_model
@@ -209,7 +210,7 @@ def test_the_best_model_is_kept_and_patience_ends_the_training(
     values = iter([0.5, 0.75, 0.6, 0.7, 0.9])
     evaluate = job.evaluate
 
-    def scripted(*args) -> job.Evaluation:
+    def scripted(*args) -> Evaluation:
         found = evaluate(*args)
         return dataclasses.replace(found, metrics={"accuracy": next(values)})
 

@@ -45,7 +45,7 @@ def test_another_count_than_the_official_one_is_told(
 ) -> None:
     write(tmp_path, example())
     split = Split(files=FILE.files, num_rows=num_rows)
-    assert len(load_questions(split, tmp_path, for_training=False)) == 6
+    assert len(load_questions(split, tmp_path / split.files[0].name, for_training=False)) == 6
     told = capsys.readouterr().err
     if num_rows == 87_599:
         assert "train.json: wanted SQuAD's official 87599 questions, got 6; scores" in told
@@ -165,19 +165,19 @@ def test_each_damage_has_its_message(
 def test_what_is_no_json(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "train.json").write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
-        load_questions(FILE, tmp_path, for_training=True)
+        load_questions(FILE, tmp_path / "train.json", for_training=True)
     assert "\n" not in str(caught.value)
 
 
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train\.json: no such file; put SQuAD v1\.1's official"):
-        load_questions(FILE, tmp_path, for_training=True)
+        load_questions(FILE, tmp_path / "train.json", for_training=True)
 
 
 def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
-    path = write(tmp_path, example()) / "train.json"
+    path = write(tmp_path, example())
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert len(load_questions(FILE, tmp_path, for_training=True)) == 6
+    assert len(load_questions(FILE, path, for_training=True)) == 6
 
 
 def one(context: str, question: str, place: tuple[int, int] | None) -> Questions:
