@@ -35,12 +35,13 @@ def clone(tmp_path: Path, repository: Path) -> Path:
     (folder / "data_prep").mkdir(parents=True)
     (folder / "pretrain").mkdir()
     (folder / "finetune").mkdir()
+    (folder / "zerobert").mkdir()
     shutil.copy(repository / "launch.sh", folder)
     shown = "import sys, os; print(os.getcwd(), *sys.argv[1:])\n"
     for name in ("data_prep/__main__.py", "finetune/run_glue.py", "finetune/predict.py"):
         (folder / name).write_text(shown)
     (folder / "data_prep" / "__init__.py").touch()
-    (folder / "pretrain" / "launcher.py").write_text(
+    (folder / "zerobert" / "launcher.py").write_text(
         "import signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
         "print('up', flush=True)\n"

@@ -12,6 +12,7 @@ import torch
 from finetune import experiment, glue, job, loop, run_glue
 from finetune.course import Evaluation
 from finetune.tasks import TASKS, find_task
+from tests.glue_files import write_every_task
 from zerobert import manifest
 from zerobert.checkpoint import load_weights, newest_model, open_model, save_model
 from zerobert.config import BertConfig
@@ -403,6 +404,33 @@ def test_glue_packs_the_predictions_and_says_what_is_missing(
     )
     run(monkeypatch, "--task_name", "glue", "--max_steps", "1")
     assert not (out / "submission.zip").exists()
+
+
+def test_every_task_in_official_layout_from_its_files_to_the_server_s_zip(
+    pretrained: Path, monkeypatch, capsys
+) -> None:
+    write_every_task(Path("data/glue"))
+    run(monkeypatch, "--task_name", "glue", "--num_train_epochs", "1", "--do_predict")
+    out = Path("runs/finetune")
+    table = json.loads((out / "glue.json").read_text())
+    assert list(table["tasks"]) == [task.name for task in TASKS]
+    for task in TASKS:
+        result = table["tasks"][task.name]
+        assert set(result["metrics"]) == set(task.reported)
+        assert result["steps"] == (1 if task.train else 0)
+        assert result["num_eval_samples"] == (1 if task.dev else 0)
+        made = open_model(str(out / task.name))
+        assert made.is_regression == task.is_regression
+        assert task.is_regression or made.labels == task.label_names
+        for split in task.test:
+            lines = (out / task.name / f"{split.submission}.tsv").read_text().splitlines()
+            assert lines[0] == "index\tprediction"
+            index, answer = lines[1].split("\t")
+            assert (index, len(lines)) == ("0", 2)
+            assert answer in task.labels or (task.is_regression and 0 <= float(answer) <= 5)
+    with zipfile.ZipFile(out / "submission.zip") as archive:
+        assert len(archive.namelist()) == 11  # MNLI has two test sets
+    assert "it lacks" not in capsys.readouterr().out
 
 
 def test_ax_needs_a_model_that_was_fine_tuned_on_mnli(

