@@ -28,6 +28,7 @@ usage: bash launch.sh <command> [flags passed on]
   glue        every GLUE task that there is data for, and one table
   finetune    any task, your own files too: --task_name custom (finetune --help)
   predict     a fine-tuned model -> the class of each text that you give, with its probabilities
+  plan        what a pretraining would take on GPUs that are not at hand: time, memory, cost
   report      run folders -> a page of curves; --serve follows them
   doctor      what this machine has, which kernels it will use and why, what is missing
   test        the tests; test --slow adds the long ones; other flags go to pytest
@@ -154,7 +155,7 @@ main() {
     case $command in
         help | -h | --help) usage; exit ;;
         "") usage >&2; exit 2 ;;
-        demo | prep | pretrain | finetune | squad | predict | report | doctor | test | check) set_up ;;
+        demo | prep | pretrain | finetune | squad | predict | plan | report | doctor | test | check) set_up ;;
         sst2 | cola | mrpc | stsb | qqp | mnli | qnli | rte | wnli | ax | glue) set_up ;;
         *) die "unknown command '$command'; \`bash launch.sh help\` lists them" ;;
     esac
@@ -167,6 +168,7 @@ main() {
         finetune) exec "$python" "$root/finetune/run_glue.py" "$@" ;;
         squad) exec "$python" "$root/finetune/run_squad.py" "$@" ;;
         predict) exec "$python" "$root/finetune/predict.py" "$@" ;;
+        plan) exec "$python" "$root/pretrain/plan.py" "$@" ;;
         report) exec "$python" "$root/pretrain/report.py" "$@" ;;
         doctor) exec "$python" "$root/zerobert/doctor.py" "$@" ;;
         test) run_tests "$@" ;;

@@ -1,4 +1,4 @@
-"""What README.md and CONTRIBUTING.md tell people to type exists, flags and named files included."""
+"""What README.md, CONTRIBUTING.md and docs tell people to type exists, its flags and files too."""
 
 import re
 import shlex
@@ -17,6 +17,8 @@ SCRIPTS = {
     "report": "pretrain/report.py",
     "finetune": "finetune/run_glue.py",
     "predict": "finetune/predict.py",
+    "plan": "pretrain/plan.py",
+    "squad": "finetune/run_squad.py",
     "sst2": "finetune/run_glue.py",
 }
 WITHOUT_FLAGS_OF_THEIR_OWN = ("test", "check", "doctor", "help")
@@ -25,7 +27,7 @@ WITHOUT_FLAGS_OF_THEIR_OWN = ("test", "check", "doctor", "help")
 def commands() -> list[str]:
     """Every line of the shell blocks."""
     found = []
-    for name in ("README.md", "CONTRIBUTING.md"):
+    for name in ("README.md", "CONTRIBUTING.md", "docs/scaling.md"):
         text = (REPOSITORY / name).read_text(encoding="utf-8")
         for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
             found += [line.strip() for line in block.splitlines() if line.strip()]
