@@ -8,7 +8,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ class Progress:
         kept_step: of the model that is kept: the best one or the last.
         kept: its evaluation; None where that was not done in this process.
         num_worse: evaluations in a row without a better value.
+        owes_review: the step is one to be evaluated at, and a signal came before that.
         elapsed_s: of training and evaluation; `earlier_s` of it in processes before this one.
     """
 
@@ -86,6 +87,7 @@ class Progress:
     kept_step: int = 0
     best_value: float | None = None
     num_worse: int = 0
+    owes_review: bool = False
     kept: Evaluation | None = None
 
 
@@ -159,13 +161,11 @@ def train(
         progress = Progress(**saved)
         progress.earlier_s = progress.elapsed_s
         print(f"{course.name}: going on from step {progress.step}, saved in {folder}")
-
-    def is_spent() -> bool:
-        return settings.patience is not None and progress.num_worse >= settings.patience
-
-    reviews = loop.train(engine, course.train, settings, stop, first_step=progress.step)
-    for review in reviews if not is_spent() else ():
+    elif distributed.is_main():
+        shutil.rmtree(folder, ignore_errors=True)
+    for review in _reviews(course, settings, engine, progress, stop):
         progress.step = review.step
+        progress.owes_review = review.is_due and review.exit_code != 0
         evaluation = None
         if not review.exit_code:
             engine.train(False)
@@ -176,15 +176,30 @@ def train(
         if review.exit_code:
             print(f"stopped at step {review.step}: the same command goes on from there", flush=True)
             raise SystemExit(review.exit_code)
-        if is_spent():
-            print(
-                f"step {progress.step}: no better {course.metric} in the last "
-                f"{progress.num_worse} evaluations; that of step {progress.kept_step} is kept",
-                flush=True,
-            )
-            break
+    if _is_spent(settings, progress):
+        print(
+            f"step {progress.step}: no better {course.metric} in the last {progress.num_worse} "
+            f"evaluations; that of step {progress.kept_step} is kept",
+            flush=True,
+        )
     engine.close()
     return progress
+
+
+def _reviews(
+    course: Course, settings: loop.Settings, engine: Engine, progress: Progress, stop: StopRequest
+) -> Iterator[loop.Review]:
+    """The moments to look at the model, until there are no steps or there is no patience left."""
+    if progress.owes_review:
+        saves = settings.save_steps is not None and progress.step % settings.save_steps == 0
+        yield loop.Review(step=progress.step, saves=saves)
+    steps = loop.train(engine, course.train, settings, stop, first_step=progress.step)
+    while not _is_spent(settings, progress) and (review := next(steps, None)) is not None:
+        yield review
+
+
+def _is_spent(settings: loop.Settings, progress: Progress) -> bool:
+    return settings.patience is not None and progress.num_worse >= settings.patience
 
 
 def _judge(
@@ -217,14 +232,14 @@ def _save(
         progress.saved_steps.append(review.step)
 
     def finish(reader: StateReader, staging: Path) -> None:
-        weights = dict(reader.weights())
         if saves_model:
             assert evaluation is not None
-            course.save_step(weights, evaluation, folder.parent / f"step_{review.step}")
+            place = folder.parent / f"step_{review.step}"
+            course.save_step(dict(reader.weights()), evaluation, place)
         if settings.keeps_best:
             with manifest.writing(staging):
                 if progress.kept_step == progress.step:
-                    save_file(weights, staging / _BEST_NAME)
+                    save_file(dict(reader.weights()), staging / _BEST_NAME)
                 elif (folder / _BEST_NAME).is_file():
                     shutil.copy2(folder / _BEST_NAME, staging / _BEST_NAME)
 

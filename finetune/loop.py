@@ -89,11 +89,13 @@ class Review:
     Attributes:
         saves: the model is to be kept as it is, as `save_steps` asks.
         exit_code: of a signal that asks to end; 0 for none.
+        is_due: it would be so without the signal, too.
     """
 
     step: int
     saves: bool
     exit_code: int = 0
+    is_due: bool = True
 
 
 def start_engine(model: nn.Module, settings: Settings) -> Engine:
@@ -156,9 +158,10 @@ def train(
             started = time.perf_counter()
         saves = settings.save_steps is not None and step % settings.save_steps == 0
         is_epoch_review = ends_epoch and settings.save_steps is None
-        if saves or is_epoch_review or is_last:
+        is_due = saves or is_epoch_review or step == total_steps
+        if is_due or exit_code:
             paused = time.perf_counter()
-            yield Review(step=step, saves=saves, exit_code=exit_code)
+            yield Review(step=step, saves=saves, exit_code=exit_code, is_due=is_due)
             if exit_code:
                 return
             engine.train()

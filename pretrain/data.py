@@ -28,67 +28,73 @@ _DECODING_THREADS = 2
 _PURPOSE_DROPOUT = 3
 
 
-def read_window(
-    shards: Sequence[ShardInfo], pieces: Sequence[Piece], places: Rows, vocab_size: int
-) -> Arrays:
-    """A window's rows, each at its place; values are checked.
+def read_window(shards: Sequence[ShardInfo], pieces: Sequence[Piece], vocab_size: int) -> Arrays:
+    """A window's rows as they are listed; values are checked.
 
     Raises:
         ShardFormatError: a shard can't be decoded or holds values out of range.
     """
-    window = empty_arrays(shards[pieces[0].shard], len(places))
-    places_of = np.split(places, np.cumsum([piece.num_rows for piece in pieces])[:-1])
-    for piece, its_places in zip(pieces, places_of, strict=True):
-        read_rows(shards[piece.shard], piece.first_row, its_places, window)
+    ends = np.cumsum([piece.num_rows for piece in pieces]).tolist()
+    window = empty_arrays(shards[pieces[0].shard], ends[-1])
+    parts = [
+        {name: array[end - piece.num_rows : end] for name, array in window.items()}
+        for piece, end in zip(pieces, ends, strict=True)
+    ]
+    for piece, part in zip(pieces, parts, strict=True):
+        read_rows(shards[piece.shard], piece.first_row, part)
     try:
         check_values(window, vocab_size=vocab_size, where="a window")
     except ShardFormatError:  # in which row of which file?
-        for piece, its_places in zip(pieces, places_of, strict=True):
-            check_values(
-                {name: array[its_places] for name, array in window.items()},
-                vocab_size=vocab_size,
-                where=str(shards[piece.shard].path),
-                first_row=piece.first_row,
-            )
+        for piece, part in zip(pieces, parts, strict=True):
+            where, first_row = str(shards[piece.shard].path), piece.first_row
+            check_values(part, vocab_size=vocab_size, where=where, first_row=first_row)
         raise
     return window
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Held:
+    """A window that is decoded, or about to be, and which of its rows its samples are."""
+
+    window: Window
+    rows: Rows
+    decoded: "Future[Arrays]"
+
+    @property
+    def end(self) -> int:
+        return self.window.first + self.window.num_rows
 
 
 class _Lane:
     """A lane's windows: the one in use and, from some samples before its end on, the next."""
 
-    def __init__(
-        self, lane: int, order: SampleOrder, decode: Callable[[Window], "Future[Arrays]"]
-    ) -> None:
+    def __init__(self, lane: int, order: SampleOrder, decode: Callable[[Window], _Held]) -> None:
         self._lane, self._order, self._decode = lane, order, decode
         window_rows = min(order.window_rows, order.num_rows // order.num_lanes)
         self._ahead = max(order.lane_samples(lane), window_rows // 4)
-        self._windows: collections.deque[tuple[Window, Future[Arrays]]] = collections.deque()
+        self._windows: collections.deque[_Held] = collections.deque()
 
     def request(self, index: int, count: int) -> None:
         """Have the samples from an index on decoded, and some more."""
         end = index + count + self._ahead
-        while not self._windows or _end(self._windows[-1][0]) < end:
-            first = _end(self._windows[-1][0]) if self._windows else index
-            window = self._order.window(self._lane, first)
-            self._windows.append((window, self._decode(window)))
+        while not self._windows or self._windows[-1].end < end:
+            first = self._windows[-1].end if self._windows else index
+            self._windows.append(self._decode(self._order.window(self._lane, first)))
 
-    def take(self, index: int, count: int) -> Iterator[Arrays]:
-        """Requested samples, in pieces that follow each other."""
-        for window, decoded in self._windows:
-            start, stop = index - window.first, min(index + count - window.first, window.num_rows)
-            if start < stop:
-                yield {name: array[start:stop] for name, array in decoded.result().items()}
-                index, count = index + stop - start, count - (stop - start)
+    def take(self, index: int, count: int, room: Arrays, done: int) -> int:
+        """Put requested samples into arrays from row `done` on; returns the row behind them."""
+        for held in self._windows:
+            start = index - held.window.first
+            rows = held.rows[start : start + count]
+            for name, array in held.decoded.result().items() if len(rows) else ():
+                np.take(array, rows, axis=0, out=room[name][done : done + len(rows)], mode="clip")
+            done, index, count = done + len(rows), index + len(rows), count - len(rows)
+        return done
 
     def drop(self, index: int) -> None:
         """Let go of what lies before an index."""
-        while self._windows and _end(self._windows[0][0]) <= index:
+        while self._windows and self._windows[0].end <= index:
             self._windows.popleft()
-
-
-def _end(window: Window) -> int:
-    return window.first + window.num_rows
 
 
 class MicroBatches(Sequence[dict[str, Tensor]]):
@@ -193,9 +199,10 @@ class StepLoader:
             decoders.shutdown(cancel_futures=True)  # first: the other may wait for one of them
             loader.shutdown(cancel_futures=True)
 
-    def _submit(self, decoders: ThreadPoolExecutor, window: Window) -> "Future[Arrays]":
-        pieces, places = self.order.pieces(window), self.order.shuffle(window)
-        return decoders.submit(read_window, self._shards, pieces, places, self._vocab_size)
+    def _submit(self, decoders: ThreadPoolExecutor, window: Window) -> _Held:
+        work = (self._shards, self.order.pieces(window), self._vocab_size)
+        decoded = decoders.submit(read_window, *work)
+        return _Held(window=window, rows=self.order.shuffle(window), decoded=decoded)
 
     def _load(self, lanes: Sequence[_Lane], start: int) -> StepBatch:
         """This rank's share of a global batch, which starts at a sample."""
@@ -205,11 +212,7 @@ class StepLoader:
         rows = empty_arrays(self._shards[0], self._rank_samples)
         done = 0
         for lane, index, count in runs:
-            for piece in lanes[lane].take(index, count):
-                num_rows = len(piece["input_ids"])
-                for name, array in piece.items():
-                    rows[name][done : done + num_rows] = array
-                done += num_rows
+            done = lanes[lane].take(index, count, rows, done)
         for lane, index, count in runs:
             lanes[lane].drop(index + count)
         if self._masking is not None:
@@ -257,7 +260,7 @@ def evaluation_batches(
         shard = shards[owner]
         first = block * rows_of_block(shard)
         num_rows = min(rows_of_block(shard), shard.num_rows - first)
-        return read_window(shards, [Piece(owner, first, num_rows)], np.arange(num_rows), vocab_size)
+        return read_window(shards, [Piece(owner, first, num_rows)], vocab_size)
 
     # Batches that follow each other, so that a block is read by one rank, or by two at an edge.
     firsts = range(0, wanted, batch_samples)

@@ -142,9 +142,12 @@ class SampleOrder:
         return pieces
 
     def shuffle(self, window: Window) -> Rows:
-        """For each of a window's rows as they are listed, its place among the window's samples."""
+        """For each of a window's samples, which of its rows as they are listed it is."""
         key = [self.seed, _PURPOSE_ROWS, window.epoch, window.start]
-        return np.random.default_rng(key).permutation(window.num_rows).astype(np.int64)
+        places = np.random.default_rng(key).permutation(window.num_rows)  # of the listed rows
+        rows = np.empty_like(places)
+        rows[places] = np.arange(window.num_rows)
+        return rows
 
     def locate(self, first: int, count: int) -> Rows:
         """The rows of the samples `first` to `first + count`, in order."""
@@ -165,9 +168,7 @@ class SampleOrder:
                 for shard, first_row, num_rows in self.pieces(window)
             ]
         )
-        rows = np.empty_like(listed)
-        rows[self.shuffle(window)] = listed
-        return rows
+        return listed[self.shuffle(window)]
 
     def _lane_slot(self, lane: int) -> int:
         """The first of a global batch's samples that a lane gives."""

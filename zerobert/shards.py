@@ -96,7 +96,7 @@ def read_shard(path: Path | str) -> dict[str, Array]:
     """
     shard = describe_shard(path)
     arrays = empty_arrays(shard, shard.num_rows)
-    read_rows(shard, 0, np.arange(shard.num_rows), arrays)
+    read_rows(shard, 0, arrays)
     return arrays
 
 
@@ -106,14 +106,11 @@ def empty_arrays(shard: ShardInfo, num_rows: int) -> dict[str, Array]:
     return {name: np.empty(shapes[name], dtype) for name, dtype in DTYPES.items()}
 
 
-def read_rows(shard: ShardInfo, first: int, places: Array, arrays: Mapping[str, Array]) -> None:
-    """Put a shard's rows from `first` on into arrays; no chunks but theirs are read.
+def read_rows(shard: ShardInfo, first: int, arrays: Mapping[str, Array]) -> None:
+    """Fill arrays with a shard's rows from `first` on; no chunks but theirs are read.
 
     Threads may read side by side: HDF5 gives out one packed chunk at a time, and the inflating,
     which is the work, is done outside of it.
-
-    Args:
-        places: where in the arrays each of the rows goes.
 
     Raises:
         DataError: there is no such file, or it can't be opened.
@@ -128,17 +125,15 @@ def read_rows(shard: ShardInfo, first: int, places: Array, arrays: Mapping[str, 
                     f"{dataset.shape[0]}; a shard must not change while it is used"
                 )
             if chunk is None:
-                arrays[name][places] = h5py.Dataset(dataset)[first : first + len(places)]
+                arrays[name][:] = h5py.Dataset(dataset)[first : first + len(arrays[name])]
             else:
-                _read_chunks(dataset, chunk, first, places, arrays[name])
+                _read_chunks(dataset, chunk, first, arrays[name])
 
 
-def _read_chunks(
-    dataset: Any, chunk: tuple[int, ...], first: int, places: Array, array: Array
-) -> None:
+def _read_chunks(dataset: Any, chunk: tuple[int, ...], first: int, array: Array) -> None:
     """Rows of one dataset; gzip is inflated by libdeflate, in a third of the time of HDF5's own."""
     dtype, width = dataset.dtype, array.shape[-1]
-    stop = first + len(places)
+    stop = first + len(array)
     for start in range(first - first % chunk[0], stop, chunk[0]):
         if len(chunk) == 1:
             rows = _inflated(dataset, (start,), chunk, dtype)
@@ -149,7 +144,7 @@ def _read_chunks(
             tiles = [_inflated(dataset, (start, column), chunk, dtype) for column in columns]
             rows = np.concatenate(tiles, axis=1)[:, :width]
         low, high = max(start, first), min(start + chunk[0], stop)
-        array[places[low - first : high - first]] = rows[low - start : high - start]
+        array[low - first : high - first] = rows[low - start : high - start]
 
 
 def _inflated(

@@ -110,12 +110,11 @@ def test_rows_are_read_from_any_layout(layout: dict[str, Any], tmp_path: Path) -
             file.create_dataset(name, data=array, **{**layout, "chunks": chunks})
     shard = describe_shard(path)
     for first, stop in [(0, 1000), (0, 1), (999, 1000), (6, 8), (123, 456)]:
-        places = random.permutation(stop - first)
         got = empty_arrays(shard, stop - first)
-        read_rows(shard, first, places, got)
+        read_rows(shard, first, got)
         for name, dtype in DTYPES.items():
             assert got[name].dtype == dtype
-            np.testing.assert_array_equal(got[name][places], arrays[name][first:stop])
+            np.testing.assert_array_equal(got[name], arrays[name][first:stop])
 
 
 def test_a_chunk_that_was_stored_without_the_filter_is_read_as_it_is(tmp_path: Path) -> None:

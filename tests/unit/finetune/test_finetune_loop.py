@@ -296,9 +296,9 @@ def test_a_signal_ends_the_training_after_its_step() -> None:
     engine = loop.start_engine(make_model(), SETTINGS)
     reviews = []
     for review in loop.train(engine, make_split(40), SETTINGS, stop):
-        reviews.append((review.step, review.exit_code))
+        reviews.append((review.step, review.exit_code, review.is_due))
         stop.exit_code = 143
-    assert reviews == [(10, 0), (11, 143)]
+    assert reviews == [(10, 0, True), (11, 143, False)]
 
 
 def test_a_later_start_goes_on_with_the_same_batches(capsys) -> None:

@@ -235,13 +235,15 @@ def ended_after(monkeypatch, steps: int):
     return lambda: monkeypatch.setattr(loop.signals, "flags", flags)
 
 
+@pytest.mark.parametrize("step", [5, 6, 24])
 def test_a_run_that_was_ended_goes_on_bit_for_bit(
-    pretrained: Path, root: Path, monkeypatch, capsys
+    pretrained: Path, root: Path, monkeypatch, capsys, step: int
 ) -> None:
+    """Within an epoch of 6 steps, at its end where it owes an evaluation, and at the very last."""
     flags = ("--task_name", "sst2", "--batch_size", "3", "--learning_rate", "1e-3")
     flags = (*flags, "--load_best_model_at_end", "--num_train_epochs", "4")
     whole = run(monkeypatch, *flags, "--output_dir", "whole")
-    let_go_on = ended_after(monkeypatch, 5)
+    let_go_on = ended_after(monkeypatch, step)
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, *flags, "--output_dir", "cut")
     assert stopped.value.code == 143
@@ -251,7 +253,7 @@ def test_a_run_that_was_ended_goes_on_bit_for_bit(
         run(monkeypatch, *flags, "--learning_rate", "2e-3", "--output_dir", "cut")
     capsys.readouterr()
     result = run(monkeypatch, *flags, "--output_dir", "cut")
-    assert "going on from step 5" in capsys.readouterr().out
+    assert f"going on from step {step}" in capsys.readouterr().out
     assert {**result, "wall_s": 0} == {**whole, "wall_s": 0}
     weights = [Path(out, "model.safetensors").read_bytes() for out in ("whole", "cut")]
     assert weights[0] == weights[1]
