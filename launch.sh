@@ -31,6 +31,7 @@ usage: bash launch.sh <command> [flags passed on]
   plan        what a pretraining would take on GPUs that are not at hand: time, memory, cost
   report      run folders -> a page of curves; --serve follows them
   doctor      what this machine has, which kernels it will use and why, what is missing
+  bench       the benchmarks that a CPU can run, beside the peers; reports in benchmarks/
   test        the tests; test --slow adds the long ones; other flags go to pytest
   check       lint, format, types, imports, shell
   help        this text
@@ -155,7 +156,7 @@ main() {
     case $command in
         help | -h | --help) usage; exit ;;
         "") usage >&2; exit 2 ;;
-        demo | prep | pretrain | finetune | squad | predict | plan | report | doctor | test | check) set_up ;;
+        demo | prep | pretrain | finetune | squad | predict | plan | report | bench | doctor | test | check) set_up ;;
         sst2 | cola | mrpc | stsb | qqp | mnli | qnli | rte | wnli | ax | glue) set_up ;;
         *) die "unknown command '$command'; \`bash launch.sh help\` lists them" ;;
     esac
@@ -169,6 +170,7 @@ main() {
         squad) exec "$python" "$root/finetune/run_squad.py" "$@" ;;
         predict) exec "$python" "$root/finetune/predict.py" "$@" ;;
         plan) exec "$python" "$root/pretrain/plan.py" "$@" ;;
+        bench) exec "$python" "$root/benchmarks/bench.py" "$@" ;;
         report) exec "$python" "$root/pretrain/report.py" "$@" ;;
         doctor) exec "$python" "$root/zerobert/doctor.py" "$@" ;;
         test) run_tests "$@" ;;

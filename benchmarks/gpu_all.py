@@ -14,6 +14,9 @@ this script, and copies of them in the output folder.
     4   the optimizer's step beside apex's and torch's, what the engine costs
     5   pretraining end to end at each stage, in bf16 and fp16: the loader must keep up
     6   where the time goes: a profile of the best configuration
+    7   fine-tuning beside Hugging Face's Trainer
+    8   a real run of `ds_configs/h100_20min.json`, from text to scores; parts 9 to 13 go on where
+        the one before ended
 """
 
 import argparse
@@ -104,7 +107,30 @@ def parts(arguments: argparse.Namespace) -> dict[int, list[Command]]:
             )
         ],
         6: [script("profile_step", 300, "profile_step.py", "--size", "base", *device, *quick)],
+        7: [
+            script(
+                "finetuning",
+                400,
+                "finetuning.py",
+                *("--data_dir", str(arguments.glue_dir), "--sentences", "12800"),
+                *("--precision", low, *common),
+            )
+        ],
+        **{number: [_real_run(arguments)] for number in range(8, 14)},
     }
+
+
+def _real_run(arguments: argparse.Namespace) -> Command:
+    recipe = "bert_tiny_cpu" if arguments.device == "cpu" else "h100_20min"
+    return script(
+        "real_run",
+        PART_S,
+        "real_run.py",
+        *("--text", *map(str, arguments.text), "--glue_dir", str(arguments.glue_dir)),
+        *("--deepspeed_config", f"ds_configs/{recipe}.json", "--hardware", arguments.hardware),
+        *("--output_dir", str(arguments.output_dir / "real"), "--limit_s", str(PART_S - 40)),
+        *(("--precision", "bf16") if arguments.device != "cpu" else ()),
+    )
 
 
 def run(command: Command, folder: Path, limit_s: float) -> None:
@@ -137,6 +163,8 @@ def main(words: Sequence[str] | None = None) -> int:
     add("--output_dir", type=Path, default=ROOT / "runs" / "gpu_all")
     add("--hardware", default="gpu", help="a word for the reports' names")
     add("--device", default="cuda")
+    add("--glue_dir", type=Path, default=Path("data/glue"), help="of parts 7 and on")
+    add("--text", type=Path, nargs="+", default=[Path("data/raw")], help="of the real run")
     add("--only", help="commands whose name contains this")
     add("--quick", action="store_true", help="the smallest models: does everything start?")
     arguments = parser.parse_args(words)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = "demo prep pretrain finetune squad predict plan report doctor test check help"
+COMMANDS = "demo prep pretrain finetune squad predict plan report bench doctor test check help"
 TASKS = "sst2 cola mrpc stsb qqp mnli qnli rte wnli ax glue"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import engine_overhead, loader, optimizer_step, train_step
+from benchmarks import engine_overhead, loader, optimizer_step, readme, train_step
 from zerobert.config import SIZES, BertConfig
 from zerobert.shards import check_values
 
@@ -94,3 +94,19 @@ def test_loaders_give_equal_batches_before_they_are_timed(
     monkeypatch.setattr(loader.peers, "full_labels", lambda batch, ignored: batch["input_ids"])
     with pytest.raises(ValueError, match="not NVIDIA's"):
         loader.check_equal(layouts["own"])
+
+
+def test_the_readme_has_the_figures_of_the_newest_reports() -> None:
+    text = readme.README.read_text(encoding="utf-8")
+    assert readme.rewritten(text) == text, "python benchmarks/readme.py rewrites it"
+    assert text.count("](benchmarks/") >= 5
+
+
+def test_a_figure_is_the_median_of_the_rounds_ratios() -> None:
+    rates = {"zerobert": [10.0, 30.0, 22.0], "NVIDIA": [5.0, 10.0, 20.0]}
+    figures = {"base 0.9": {"samples_per_s": {**rates, "Hugging Face sdpa": [1.0, 1.0, 1.0]}}}
+    rows = list(readme.train_step(figures))
+    assert [row[1:] for row in rows] == [
+        ("22.00 rows/s", "Hugging Face's BERT: 1.00", "22.00"),
+        ("22.00 rows/s", "NVIDIA's BERT: 10.00", "2.00"),
+    ]

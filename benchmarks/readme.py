@@ -1,0 +1,135 @@
+"""The README's figures, out of the newest reports: `python benchmarks/readme.py` rewrites them.
+
+A test fails where README.md says anything else.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import measure  # noqa: E402
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- figures: benchmarks/readme.py -->\n", "<!-- end of figures -->\n"
+Row = tuple[str, str, str, str]
+
+
+def newest(name: str) -> tuple[dict[str, Any], str] | None:
+    """The newest report of a theme and a machine: its figures and its file; None for none."""
+    paths = sorted((ROOT / "benchmarks").glob(f"{name}_20*.json"))
+    if not paths:
+        return None
+    return json.loads(paths[-1].read_text(encoding="utf-8")), paths[-1].with_suffix(".md").name
+
+
+def ratio(mine: Sequence[float], other: Sequence[float]) -> float:
+    """The median of the rounds' own ratios."""
+    return statistics.median(a / b for a, b in zip(mine, other, strict=True))
+
+
+def data_preparation(figures: Mapping[str, Any]) -> Iterator[Row]:
+    """CPU time of the shards of one file."""
+    ours, nvidia = (figures["single_file"][name] for name in ("zerobert", "NVIDIA"))
+    seconds = [statistics.median(each["cpu_s"]) for each in (ours, nvidia)]
+    yield (
+        "shards from 10 MB of text",
+        f"{seconds[0]:.1f} s of CPU, {ours['peak_mb']:.0f} MB",
+        f"NVIDIA's create_pretraining_data.py: {seconds[1]:.1f} s, {nvidia['peak_mb']:.0f} MB",
+        f"{ours['ratio']:.0f}",
+    )
+
+
+def loader(figures: Mapping[str, Any]) -> Iterator[Row]:
+    """Samples a second out of NVIDIA's shards."""
+    runs = {name: [run["rate"] for run in each] for name, each in figures["runs"].items()}
+    mine = runs["NVIDIA's shards: zerobert"]
+    peers = [rates for name, rates in runs.items() if name.startswith("NVIDIA's shards: NVIDIA")]
+    best = max(peers, key=statistics.median)
+    yield (
+        "samples out of NVIDIA's shards",
+        f"{statistics.median(mine):,.0f} a second",
+        f"NVIDIA's loader at its best: {statistics.median(best):,.0f}",
+        f"{ratio(mine, best):.0f}",
+    )
+
+
+def train_step(figures: Mapping[str, Any]) -> Iterator[Row]:
+    """Training steps of BERT-base, a tenth of it padding."""
+    rates = figures["base 0.9"]["samples_per_s"]
+    mine = rates["zerobert"]
+    peers = {"Hugging Face sdpa": "Hugging Face's BERT", "NVIDIA": "NVIDIA's BERT"}
+    for name, words in peers.items():
+        yield (
+            "training BERT-base in fp32, rows of 128 filled to 90 %",
+            f"{statistics.median(mine):.2f} rows/s",
+            f"{words}: {statistics.median(rates[name]):.2f}",
+            f"{ratio(mine, rates[name]):.2f}",
+        )
+
+
+def optimizer_step(figures: Mapping[str, Any]) -> Iterator[Row]:
+    """LAMB on BERT-base's parameters."""
+    seconds = figures["base"]["seconds"]
+    mine = seconds["zerobert.optim.Lamb"]
+    other = seconds["plain"]
+    yield (
+        "LAMB on BERT-base's parameters",
+        f"{1e3 * statistics.median(mine):.0f} ms",
+        f"the same in plain torch: {1e3 * statistics.median(other):,.0f} ms",
+        f"{ratio(other, mine):.0f}",
+    )
+
+
+def finetuning(figures: Mapping[str, Any]) -> Iterator[Row]:
+    """Sentences a second of SST-2."""
+    rates = figures["sentences_per_s"]
+    mine = rates["zerobert"]
+    for name, other in rates.items():
+        if name != "zerobert":
+            yield (
+                "fine-tuning on SST-2 in fp32",
+                f"{statistics.median(mine):.0f} sentences/s",
+                f"Hugging Face's {name}: {statistics.median(other):.0f}",
+                f"{ratio(mine, other):.1f}",
+            )
+
+
+SOURCES = {
+    "data_preparation_epyc2": data_preparation,
+    "loader_epyc2": loader,
+    "train_step_epyc2_fp32_128": train_step,
+    "optimizer_step_epyc2": optimizer_step,
+    "finetuning_epyc2": finetuning,
+}
+
+
+def figures_table() -> str:
+    """The README's table."""
+    rows: list[Sequence[str]] = []
+    machines: dict[str, None] = {}
+    for name, tell in SOURCES.items():
+        if found := newest(name):
+            figures, file = found
+            machines[figures["hardware"]] = None
+            rows += [(*row[:3], f"[{row[3]} x](benchmarks/{file})") for row in tell(figures)]
+    machine = "; ".join(machines)
+    return f"Medians on {machine}.\n\n" + measure.table(("", "here", "beside", ""), rows) + "\n"
+
+
+def rewritten(text: str) -> str:
+    """README.md with the figures of the newest reports."""
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md lacks the line {BEGIN.strip()} or {END.strip()}")
+    return head + begin + figures_table() + end + tail
+
+
+if __name__ == "__main__":
+    README.write_text(rewritten(README.read_text(encoding="utf-8")), encoding="utf-8")
