@@ -245,7 +245,13 @@ def resolve(args: argparse.Namespace) -> PretrainConfig:
         bert = dataclasses.replace(bert, model={})  # nobody asked for the default JSON's size
     ds = override(raw, args)
     engine.check_served(ds)
-    if bert.kernels.compile and ds.get("zero_optimization", {}).get("stage", 0) == 3:
+    stage = ds.get("zero_optimization", {}).get("stage", 0)
+    if bert.kernels.lamb == "apex" and stage > 0:
+        raise ConfigError(
+            "bert.kernels.lamb 'apex' takes whole parameters, which ZeRO stage 1 and above cut up; "
+            "choose 'auto', or stage 0"
+        )
+    if bert.kernels.compile and stage == 3:
         raise ConfigError(
             "bert.kernels.compile does not go with ZeRO stage 3, whose weights come and go; "
             "remove one of them"

@@ -167,6 +167,7 @@ class Lamb(torch.optim.Optimizer):
             group["weight_decay"],
             1 - beta1**number if corrects else 1.0,
             1 - beta2**number if corrects else 1.0,
+            number,
         )
         scaling = lamb.Scaling(
             group["lr"],

@@ -34,7 +34,7 @@ class Kernels:
     projections: Literal["auto", "separate", "fused"] = "auto"
     layer_norm: Literal["auto", "torch", "apex", "triton"] = "auto"
     cross_entropy: Literal["auto", "plain", "chunked"] = "auto"
-    lamb: Literal["auto", "plain", "blocked", "triton"] = "auto"
+    lamb: Literal["auto", "plain", "blocked", "triton", "apex"] = "auto"
     packing: bool = True
     activation_checkpointing: bool = False
     compile: bool = False

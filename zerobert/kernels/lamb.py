@@ -34,7 +34,10 @@ class Pieces(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """A step's numbers; the corrections are 1 - beta**step, or 1 for moments left as they are."""
+    """A step's numbers; the corrections are 1 - beta**step, or 1 for moments left as they are.
+
+    `step`, counted from 1, is for a kernel that works them out by itself.
+    """
 
     beta1: float
     beta2: float
@@ -42,6 +45,7 @@ class Rates(NamedTuple):
     weight_decay: float
     correction1: float
     correction2: float
+    step: int = 1
 
 
 class Scaling(NamedTuple):
@@ -242,8 +246,11 @@ def choose(device: torch.device, asked: str = "auto") -> tuple[str, str]:
         ConfigError: an implementation is asked for that can't serve.
         MissingDependencyError: its package is missing.
     """
-    if asked not in ("auto", "plain", "blocked", "triton"):
-        raise ConfigError(f"kernels.lamb: wanted auto, plain, blocked or triton, got {asked!r}")
+    if asked not in ("auto", "plain", "blocked", "triton", "apex"):
+        known = "auto, plain, blocked, triton or apex"
+        raise ConfigError(f"kernels.lamb: wanted {known}, got {asked!r}")
+    if asked == "apex":
+        _check_apex(device)
     if asked == "blocked" and device.type != "cpu":
         raise ConfigError("kernels.lamb 'blocked' runs on CPU only")
     if asked == "triton" and importlib.util.find_spec("triton") is None:
@@ -260,8 +267,23 @@ def choose(device: torch.device, asked: str = "auto") -> tuple[str, str]:
     return "plain", "torch's foreach kernels; 'triton' is one kernel, but not measured yet"
 
 
+def _check_apex(device: torch.device) -> None:
+    from zerobert.kernels import lamb_apex
+
+    if lamb_apex.LAMB is None:
+        raise MissingDependencyError(
+            "kernels.lamb 'apex' needs NVIDIA's apex; `bash launch.sh doctor` says how to build it"
+        )
+    if device.type != "cuda":
+        raise ConfigError("kernels.lamb 'apex' runs on CUDA only")
+
+
 def implementation(name: str) -> Implementation:
     """The functions behind a name that `choose` gives."""
+    if name == "apex":
+        from zerobert.kernels import lamb_apex
+
+        return lamb_apex.IMPLEMENTATION
     if name == "triton":  # imported where it is used alone: it takes a while
         from zerobert.kernels import lamb_triton
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from zerobert.errors import ConfigError, MissingDependencyError
-from zerobert.kernels import lamb
+from zerobert.kernels import lamb, lamb_apex
 from zerobert.kernels.lamb import Pieces, Rates, Scaling
+from zerobert.optim import Lamb, parameter_groups
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -81,7 +82,7 @@ def on(device: str, pieces: Pieces) -> Pieces:
 
 def formula(pieces: Pieces, rates: Rates) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Both moments after a step, and the updates, in float64."""
-    beta1, beta2, eps, weight_decay, correction1, correction2 = rates
+    beta1, beta2, eps, weight_decay, correction1, correction2, _ = rates
     found: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     for weight, gradient, exp_avg, exp_avg_sq in zip(*pieces, strict=True):
         w, g = weight.double(), gradient.double()
@@ -329,7 +330,9 @@ def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lamb.choose(CPU, "plain") == ("plain", "asked for in the configuration")
     with pytest.raises(ConfigError, match="'blocked' runs on CPU only"):
         lamb.choose(CUDA, "blocked")
-    with pytest.raises(ConfigError, match="wanted auto, plain, blocked or triton, got 'quick'"):
+    with pytest.raises(
+        ConfigError, match="wanted auto, plain, blocked, triton or apex, got 'quick'"
+    ):
         lamb.choose(CPU, "quick")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     assert lamb.choose(CUDA, "triton")[0] == "triton"
@@ -350,3 +353,61 @@ def test_triton_in_its_interpreter(repository: Path) -> None:
         text=True,
     )
     assert finished.returncode == 0, finished.stdout[-5000:] + finished.stderr[-2000:]
+
+
+class StandInApplier:
+    """What apex's kernel computes, after its documentation, in float64."""
+
+    def __call__(self, kernel, noop, lists, lr, beta1, beta2, eps, step, *rest) -> None:
+        corrects, weight_decay, averages, decays_in_update, norm, max_norm, always = rest
+        assert (kernel, int(noop), averages, decays_in_update) == ("kernel", 0, True, 1)
+        assert float(norm) <= max_norm  # nothing is clipped
+        for gradient, weight, m, v in zip(*lists, strict=True):
+            m.copy_(m.double() * beta1 + (1 - beta1) * gradient.double())
+            v.copy_(v.double() * beta2 + (1 - beta2) * gradient.double().square())
+            c1, c2 = (1 - beta1**step, 1 - beta2**step) if corrects else (1.0, 1.0)
+            w = weight.double()
+            update = (m.double() / c1) / ((v.double() / c2).sqrt() + eps) + weight_decay * w
+            ratio = 1.0
+            if (always or weight_decay != 0) and w.norm() > 0 and update.norm() > 0:
+                ratio = float(w.norm() / update.norm())
+            weight.copy_(w - lr * ratio * update)
+            gradient.copy_(update)  # it is written over
+
+
+@pytest.mark.parametrize("use_nvlamb", [False, True])
+@pytest.mark.parametrize("bias_correction", [False, True])
+def test_apex_is_given_its_arguments_in_its_order(
+    monkeypatch: pytest.MonkeyPatch, use_nvlamb: bool, bias_correction: bool
+) -> None:
+    monkeypatch.setattr(lamb_apex, "LAMB", "kernel")
+    monkeypatch.setattr(lamb_apex, "APPLIER", StandInApplier())
+    monkeypatch.setattr(lamb, "_check_apex", lambda device: None)
+    weights = {}
+    for kernel in ("plain", "apex"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 1))
+        groups = parameter_groups(model, 0.01)
+        options = {"use_nvlamb": use_nvlamb, "bias_correction": bias_correction}
+        optimizer = Lamb(groups, lr=0.01, kernel=kernel, **options)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(4, 7)).square().sum().backward()
+            optimizer.step()
+        weights[kernel] = torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.testing.assert_close(weights["apex"], weights["plain"], atol=1e-6, rtol=1e-5)
+
+
+def test_apex_refuses_what_it_can_t(monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces, rates = make_pieces((3,)), RATES["step 3"]
+    apex = lamb_apex.IMPLEMENTATION
+    with pytest.raises(ConfigError, match="knows no min_coeff and max_coeff"):
+        apex.step_local(pieces, rates, Scaling(0.1, max_coeff=10.0))
+    with pytest.raises(ConfigError, match="takes whole parameters, ZeRO stage 1 and above"):
+        apex.update_moments(pieces, rates)
+    monkeypatch.setattr(lamb_apex, "LAMB", None)
+    with pytest.raises(MissingDependencyError, match="needs NVIDIA's apex"):
+        lamb.choose(CUDA, "apex")
+    monkeypatch.setattr(lamb_apex, "LAMB", "kernel")
+    with pytest.raises(ConfigError, match="'apex' runs on CUDA only"):
+        lamb.choose(CPU, "apex")

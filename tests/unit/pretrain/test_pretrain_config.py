@@ -308,6 +308,10 @@ def test_the_vocabulary_decides_its_size(tmp_path: Path) -> None:
             {"zero_optimization": {"stage": 3}, "bert": {"kernels": {"compile": True}}},
             "bert.kernels.compile does not go with ZeRO stage 3",
         ),
+        (
+            {"zero_optimization": {"stage": 1}, "bert": {"kernels": {"lamb": "apex"}}},
+            "bert.kernels.lamb 'apex' takes whole parameters",
+        ),
         ({"scheduler": {"type": "OneCycle"}}, r"mine\.json: scheduler\.type: OneCycle is not"),
         (
             {"scheduler": {"type": "WarmupLR"}, "bert": {"schedule": {}}},
