@@ -12,7 +12,6 @@ state_<step>/
 """
 
 import dataclasses
-import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -164,6 +163,7 @@ class StateReader:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._files: dict[str, Any] = {}
         try:
             index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
             self.counters: dict[str, Any] = index["counters"]
@@ -208,6 +208,8 @@ class StateReader:
             shape = torch.Size(entry["shape"])
             yield name, self.read(WEIGHTS, name, 0, shape.numel()).view(shape)[: entry["rows"]]
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019 - a reader lives for one load
     def _open(self, file: str) -> Any:
-        return safe_open(self._folder / file, "pt")
+        """Open for as long as this reader: open files hold the space of states that are gone."""
+        if file not in self._files:
+            self._files[file] = safe_open(self._folder / file, "pt")
+        return self._files[file]

@@ -159,6 +159,20 @@ def test_whole_weights_leave_padding_out(folder: Path) -> None:
     }
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_a_state_that_was_read_is_let_go(folder: Path) -> None:
+    """A file that is held takes its space on the disk after the state was removed."""
+
+    def held() -> int:
+        return Path("/proc/self/maps").read_text().count(str(folder))
+
+    reader = StateReader(folder)
+    weights = dict(reader.weights())
+    assert held() > 0
+    del reader, weights
+    assert held() == 0
+
+
 def test_a_piece_that_is_missing_is_noticed(tmp_path: Path) -> None:
     write_pieces(tmp_path, 0, [piece("a", 0, 1, 2, 3), piece("b", 0, 7)])
     with pytest.raises(CheckpointError, match="pieces of a are not the whole"):
