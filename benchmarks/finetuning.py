@@ -418,8 +418,11 @@ def main(words: Sequence[str] | None = None) -> None:
     print("\n\n".join(sections))
     if arguments.hardware:
         flags = f"--task {arguments.task} --data_dir data/glue"
+        flags += f" --learning_rate {arguments.learning_rate:g}"
         if arguments.seeds:
             flags += f" --seeds {arguments.seeds} --num_train_epochs {arguments.num_train_epochs:g}"
+        if arguments.sentences:
+            flags += f" --sentences {arguments.sentences}"
         if arguments.train_sentences:
             flags += f" --train_sentences {arguments.train_sentences}"
         path = measure.write_report(

@@ -193,7 +193,8 @@ def report(arguments: argparse.Namespace, results: Mapping[str, Any]) -> Path:
     path = measure.write_report(
         "real_run",
         title="A real run: from text to scores",
-        command=f"python benchmarks/real_run.py --deepspeed_config {arguments.deepspeed_config} "
+        command="python benchmarks/real_run.py "
+        f"--deepspeed_config ds_configs/{Path(arguments.deepspeed_config).name} "
         f"--vocab_size {arguments.vocab_size} --dupe_factor {arguments.dupe_factor}",
         sections=[
             arguments.note,
@@ -202,11 +203,22 @@ def report(arguments: argparse.Namespace, results: Mapping[str, Any]) -> Path:
             f"## Fine-tuning, {seeds}: medians\n\n" + measure.table(columns, scores(results)),
             "## The whole configuration\n\n```json\n" + json.dumps(config, indent=1) + "\n```",
         ],
-        figures={"curve": train, "results": results, "config": config},
+        figures={"curve": train, "results": _without_paths(results), "config": config},
         slug=arguments.hardware,
     )
     shutil.copy2(run / "report.html", path.with_suffix(".html"))
     return path
+
+
+def _without_paths(results: Mapping[str, Any]) -> dict[str, Any]:
+    kept = ("metric", "value", "metrics", "majority_baseline", "eval_loss", "seed", "steps", "all")
+    return {
+        task: {
+            start: {name: result[name] for name in kept if name in result}
+            for start, result in starts.items()
+        }
+        for task, starts in results.items()
+    }
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -53,6 +53,7 @@ def shrink(raw: dict[str, Any]) -> dict[str, Any]:
     bert = raw.setdefault("bert", {})
     model = {key: value for key, value in bert.get("model", {}).items() if key != "size"}
     bert["model"] = {**model, **SHRUNK}
+    bert.get("kernels", {}).pop("compile", None)  # there is no compiler
     return raw
 
 
@@ -188,12 +189,12 @@ def test_every_recipe_resolves_and_runs_again_from_its_resolved_json(
 ) -> None:
     config = recipe(name)
     model = config.model(30522)
-    for world_size in (1, 2) if name == "bert_tiny_cpu" else (1, 2, 8):
+    for world_size in {"bert_tiny_cpu": (1, 2), "tiny_cpu_1h": (1,)}.get(name, (1, 2, 8)):
         sizes = batch_sizes(config.deepspeed, world_size)
         cut = sizes.micro_samples * sizes.accumulation_steps * world_size
         assert cut == sizes.global_samples
     run = config.bert.run
-    steps = total_steps(run, 10**9, batch_sizes(config.deepspeed, 2).global_samples)
+    steps = total_steps(run, 10**9, batch_sizes(config.deepspeed, 1).global_samples)
     assert (steps is None) == config.goes_by_time
     path = tmp_path / "again.json"
     path.write_text(json.dumps(resolved_json(config, model)))
