@@ -338,15 +338,17 @@ def tell_rates(rates: dict[str, list[float]], arguments: argparse.Namespace, cou
 def tell_scores(
     scores: dict[str, list[dict[str, float]]], task: Task, arguments: argparse.Namespace, count: int
 ) -> str:
-    """The table of scores, in percent."""
+    """The table of scores, in percent, with the speed of the trainings that gave them."""
     rows = []
     for name, each in scores.items():
+        seconds = statistics.median(one["seconds"] for one in each)
+        rate = f"{count * arguments.num_train_epochs / seconds:.1f}"
         for metric in task.metrics:
             values = [100 * one[metric] for one in each]
             shown = ", ".join(f"{value:.2f}" for value in values)
-            rows.append((name, metric, f"{statistics.median(values):.2f}", shown))
+            rows.append((name, metric, f"{statistics.median(values):.2f}", shown, rate))
     title = f"## Score: {count:,} sentences, {arguments.num_train_epochs:g} epochs, seeds "
-    header = ("", "metric", "median", "each seed")
+    header = ("", "metric", "median", "each seed", "sentences/s")
     return title + arguments.seeds + "\n\n" + measure.table(header, rows)
 
 

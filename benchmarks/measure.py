@@ -93,7 +93,8 @@ def hardware() -> str:
     except OSError:
         names = []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{(names or [platform.processor()])[0].strip()}, {cores} cores"
+    name = (names or [platform.processor()])[0].strip()
+    return f"{name}, {cores} {'core' if cores == 1 else 'cores'}"
 
 
 def write_report(
