@@ -347,7 +347,7 @@ def _write_instances(
         filled += int(arrays["input_mask"].sum())
         return arrays
 
-    return write_rows(path, instances.num_rows, read), filled
+    return write_rows(path, instances.num_rows, config.max_seq_length, read), filled
 
 
 def _summary(

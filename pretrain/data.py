@@ -40,8 +40,11 @@ def read_window(shards: Sequence[ShardInfo], pieces: Sequence[Piece], vocab_size
         {name: array[end - piece.num_rows : end] for name, array in window.items()}
         for piece, end in zip(pieces, ends, strict=True)
     ]
+    by_shard: dict[int, dict[int, Arrays]] = collections.defaultdict(dict)
     for piece, part in zip(pieces, parts, strict=True):
-        read_rows(shards[piece.shard], piece.first_row, part)
+        by_shard[piece.shard][piece.first_row] = part
+    for number, wanted in by_shard.items():
+        read_rows(shards[number], wanted)
     try:
         check_values(window, vocab_size=vocab_size, where="a window")
     except ShardFormatError:  # in which row of which file?

@@ -47,8 +47,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
 SUFFIXES = (".hdf5", ".h5")
 VOCAB_NAME = "vocab.txt"
 
-# h5py's automatic chunks are tall slices of a few columns: one row then inflates all of them.
-_CHUNK_ROWS = 256
+# h5py's automatic chunks are tall slices of a few columns: one row then inflates all of them. Ours
+# are whole rows, as many as h5py's own cache still holds a chunk of: 512 KiB of ids.
+_CHUNK_PLACES = 1 << 17
 # What the file says its filter is; any reader inflates it alike. The bytes are made by libdeflate,
 # whose level 1 is four times as fast as zlib's level 4 on these arrays for 1 % more bytes, and the
 # same on every machine. (ISA-L is twice as fast again, but now and then gives other bytes.)
@@ -96,7 +97,7 @@ def read_shard(path: Path | str) -> dict[str, Array]:
     """
     shard = describe_shard(path)
     arrays = empty_arrays(shard, shard.num_rows)
-    read_rows(shard, 0, arrays)
+    read_rows(shard, {0: arrays})
     return arrays
 
 
@@ -106,11 +107,14 @@ def empty_arrays(shard: ShardInfo, num_rows: int) -> dict[str, Array]:
     return {name: np.empty(shapes[name], dtype) for name, dtype in DTYPES.items()}
 
 
-def read_rows(shard: ShardInfo, first: int, arrays: Mapping[str, Array]) -> None:
-    """Fill arrays with a shard's rows from `first` on; no chunks but theirs are read.
+def read_rows(shard: ShardInfo, wanted: Mapping[int, Mapping[str, Array]]) -> None:
+    """Fill arrays with a shard's rows; no chunks but theirs are read.
 
     Threads may read side by side: HDF5 gives out one packed chunk at a time, and the inflating,
     which is the work, is done outside of it.
+
+    Args:
+        wanted: by the number of a row, the arrays that are filled from it on.
 
     Raises:
         DataError: there is no such file, or it can't be opened.
@@ -124,15 +128,16 @@ def read_rows(shard: ShardInfo, first: int, arrays: Mapping[str, Array]) -> None
                     f"{shard.path}: {name} had {shard.num_rows} rows and now has "
                     f"{dataset.shape[0]}; a shard must not change while it is used"
                 )
-            if chunk is None:
-                arrays[name][:] = h5py.Dataset(dataset)[first : first + len(arrays[name])]
-            else:
-                _read_chunks(dataset, chunk, first, arrays[name])
+            for first, arrays in wanted.items():
+                if chunk is None:
+                    arrays[name][:] = h5py.Dataset(dataset)[first : first + len(arrays[name])]
+                else:
+                    _read_chunks(dataset, chunk, first, arrays[name])
 
 
 def _read_chunks(dataset: Any, chunk: tuple[int, ...], first: int, array: Array) -> None:
     """Rows of one dataset; gzip is inflated by libdeflate, in a third of the time of HDF5's own."""
-    dtype, width = dataset.dtype, array.shape[-1]
+    dtype, width = array.dtype, array.shape[-1]
     stop = first + len(array)
     for start in range(first - first % chunk[0], stop, chunk[0]):
         if len(chunk) == 1:
@@ -241,15 +246,20 @@ def array_shapes(
 
 def write_shard(path: Path | str, arrays: Mapping[str, Array]) -> FileRecord:
     """Write a shard that plain h5py reads; see `write_rows`."""
+    num_rows, seq_length = arrays["input_ids"].shape
     return write_rows(
         path,
-        len(arrays["input_ids"]),
+        num_rows,
+        seq_length,
         lambda start, stop: {name: arrays[name][start:stop] for name in DTYPES},
     )
 
 
 def write_rows(
-    path: Path | str, num_rows: int, read: Callable[[int, int], Mapping[str, Array]]
+    path: Path | str,
+    num_rows: int,
+    seq_length: int,
+    read: Callable[[int, int], Mapping[str, Array]],
 ) -> FileRecord:
     """Write a shard that plain h5py reads; readers see the whole file or none.
 
@@ -269,15 +279,17 @@ def write_rows(
     if num_rows == 0:
         raise ShardFormatError(f"{path}: there are no rows to write")
     # Made in memory: HDF5 that fails to write a real file keeps it open, and fails again at exit.
-    image = _hdf5_image(num_rows, read)
+    chunk_rows = min(num_rows, max(1, _CHUNK_PLACES // seq_length))
+    image = _hdf5_image(num_rows, chunk_rows, read)
     write_bytes(path, image)
     return FileRecord(
         num_bytes=len(image), sha256=hashlib.sha256(image).hexdigest(), num_rows=num_rows
     )
 
 
-def _hdf5_image(num_rows: int, read: Callable[[int, int], Mapping[str, Array]]) -> memoryview:
-    chunk_rows = min(num_rows, _CHUNK_ROWS)
+def _hdf5_image(
+    num_rows: int, chunk_rows: int, read: Callable[[int, int], Mapping[str, Array]]
+) -> memoryview:
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
         datasets: dict[str, Any] = {}

@@ -50,18 +50,18 @@ def write_plain(path: Path, arrays: dict[str, Any]) -> None:
 
 
 def test_a_shard_read_back_is_what_was_written(tmp_path: Path) -> None:
-    arrays = make_arrays(num_rows=600)
-    arrays["input_ids"][:, 1] = np.arange(600)
+    arrays = make_arrays(num_rows=20_000)
+    arrays["input_ids"][:, 1] = np.arange(20_000)
     path = tmp_path / "a_training_0.hdf5"
     write_shard(path, arrays)
     assert describe_shard(path) == ShardInfo(
         path=path,
-        num_rows=600,
+        num_rows=20_000,
         seq_length=8,
         max_predictions=2,
-        chunks=(*((256, 8),) * 3, *((256, 2),) * 2, (256,)),
+        chunks=(*((16_384, 8),) * 3, *((16_384, 2),) * 2, (16_384,)),
     )
-    assert describe_shard(path).chunk_rows == 256
+    assert describe_shard(path).chunk_rows == 16_384
     again = read_shard(path)
     assert list(again) == list(DTYPES)
     for name, dtype in DTYPES.items():
@@ -71,15 +71,15 @@ def test_a_shard_read_back_is_what_was_written(tmp_path: Path) -> None:
 
 def test_any_h5py_reads_it_by_rows(tmp_path: Path) -> None:
     path = tmp_path / "a_training_0.hdf5"
-    write_shard(path, make_arrays(num_rows=600))
+    write_shard(path, make_arrays(num_rows=20_000))
     with h5py.File(path, "r") as file:
         assert {name: dataset.chunks for name, dataset in file.items()} == {
-            "input_ids": (256, 8),
-            "input_mask": (256, 8),
-            "segment_ids": (256, 8),
-            "masked_lm_positions": (256, 2),
-            "masked_lm_ids": (256, 2),
-            "next_sentence_labels": (256,),
+            "input_ids": (16_384, 8),
+            "input_mask": (16_384, 8),
+            "segment_ids": (16_384, 8),
+            "masked_lm_positions": (16_384, 2),
+            "masked_lm_ids": (16_384, 2),
+            "next_sentence_labels": (16_384,),
         }
         assert {dataset.compression for dataset in file.values()} == {"gzip"}
 
@@ -109,12 +109,13 @@ def test_rows_are_read_from_any_layout(layout: dict[str, Any], tmp_path: Path) -
             chunks = tuple(map(min, shape, array.shape)) or None
             file.create_dataset(name, data=array, **{**layout, "chunks": chunks})
     shard = describe_shard(path)
-    for first, stop in [(0, 1000), (0, 1), (999, 1000), (6, 8), (123, 456)]:
-        got = empty_arrays(shard, stop - first)
-        read_rows(shard, first, got)
+    parts = {0: 1000, 1: 2, 999: 1000, 6: 8, 123: 456}
+    wanted = {first: empty_arrays(shard, stop - first) for first, stop in parts.items()}
+    read_rows(shard, wanted)
+    for first, got in wanted.items():
         for name, dtype in DTYPES.items():
             assert got[name].dtype == dtype
-            np.testing.assert_array_equal(got[name], arrays[name][first:stop])
+            np.testing.assert_array_equal(got[name], arrays[name][first : parts[first]])
 
 
 def test_a_chunk_that_was_stored_without_the_filter_is_read_as_it_is(tmp_path: Path) -> None:

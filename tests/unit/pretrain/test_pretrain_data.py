@@ -175,10 +175,10 @@ class Reads:
         monkeypatch.setattr(data, "read_rows", self.read_rows)
         monkeypatch.setattr(data, "read_window", self.read_window)
 
-    def read_rows(self, shard: ShardInfo, first: int, arrays: Any) -> None:
+    def read_rows(self, shard: ShardInfo, wanted: Any) -> None:
         with self.lock:
-            self.rows_read += len(arrays["input_ids"])
-        shards_module.read_rows(shard, first, arrays)
+            self.rows_read += sum(len(arrays["input_ids"]) for arrays in wanted.values())
+        shards_module.read_rows(shard, wanted)
 
     def read_window(self, *args: Any) -> Any:
         arrays = plain_read_window(*args)
@@ -313,7 +313,7 @@ def test_a_damaged_chunk_is_reported_and_the_threads_end(tmp_path: Path) -> None
     infos = [make_shard(tmp_path / f"a_training_{i}.hdf5", 600, 600 * i) for i in range(2)]
     raw = bytearray(infos[1].path.read_bytes())
     with h5py.File(infos[1].path) as file:
-        chunk = file["input_ids"].id.get_chunk_info(1)
+        chunk = file["input_ids"].id.get_chunk_info(0)
     raw[chunk.byte_offset + 20 : chunk.byte_offset + chunk.size] = bytes(chunk.size - 20)
     infos[1].path.write_bytes(raw)
     with pytest.raises(ShardFormatError, match=r"a_training_1.*damaged.*make or copy it again"):
