@@ -18,7 +18,8 @@ from benchmarks.gpu_all import Command, run, script  # noqa: E402
 
 def commands(arguments: argparse.Namespace) -> list[Command]:
     """What to run, the quickest first."""
-    common = ("--hardware", arguments.hardware, *(("--quick",) if arguments.quick else ()))
+    common = ("--device", arguments.device, "--hardware", arguments.hardware)
+    common += ("--quick",) if arguments.quick else ()
     found = [
         script(
             "optimizer_step", 120, "optimizer_step.py", "--size", "base", "--rounds", "3", *common
@@ -55,6 +56,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     add = parser.add_argument
     add("--hardware", default="local", help="a word for the reports' names (default: local)")
+    add("--device", default="cpu", help="default: cpu")
     add("--glue_dir", type=Path, help="GLUE's folder with SST-2, for finetuning.py")
     add("--output_dir", type=Path, default=ROOT / "runs" / "bench")
     add("--quick", action="store_true", help="the smallest models, once: does everything start?")

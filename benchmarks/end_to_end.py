@@ -74,7 +74,7 @@ def experiment(arguments: argparse.Namespace, stage: int, precision: str) -> dic
     }
 
 
-def train(data: Path, folder: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
+def train(data: Path, folder: Path, config: dict[str, Any], device: str) -> list[dict[str, Any]]:
     """One run; its lines of metrics.
 
     Raises:
@@ -84,6 +84,7 @@ def train(data: Path, folder: Path, config: dict[str, Any]) -> list[dict[str, An
     path = folder / "experiment.json"
     path.write_text(json.dumps(config), encoding="utf-8")
     flags = ["--deepspeed_config", str(path), "--input_dir", str(data)]
+    flags += measure.device_flag(device)
     command = [sys.executable, str(ROOT / "pretrain" / "run.py"), *flags]
     done = subprocess.run(
         [*command, "--output_dir", str(folder / "run")], capture_output=True, text=True
@@ -121,7 +122,9 @@ def run(arguments: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
                 title = f"stage {stage}, {precision}"
                 print(f"round {number + 1} of {arguments.rounds}: {title}", file=sys.stderr)
                 folder = Path(name, f"{stage}_{precision}_{number}")
-                lines = train(data, folder, experiment(arguments, stage, precision))
+                lines = train(
+                    data, folder, experiment(arguments, stage, precision), arguments.device
+                )
                 losses[title] = [line["train/loss"] for line in lines]
                 row = found.setdefault(title, {"samples_per_s": [], "data_wait": [], "loss": []})
                 late = lines[WARM_UP_LINES:] or lines
@@ -164,6 +167,7 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--steps", type=int, default=20)
     add("--rounds", type=int, default=1)
     add("--compile", action="store_true", help="kernels.compile, where the stage has it")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--hardware", help="a word for the report's name; without it none is written")
     add("--quick", action="store_true", help="the smallest model, a few steps")
     arguments = parser.parse_args(words)

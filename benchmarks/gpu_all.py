@@ -12,7 +12,8 @@ this script, and copies of them in the output folder.
     2   training steps at length 128 beside the peers'
     3   the same at 512
     4   the optimizer's step beside apex's and torch's, what the engine costs
-    5   pretraining end to end at each stage, in bf16 and fp16: the loader must keep up
+    5   the loader beside NVIDIA's; pretraining end to end at each stage, in bf16 and fp16: the
+        loader must keep up
     6   where the time goes: a profile of the best configuration
     7   fine-tuning beside Hugging Face's Trainer
     8   a real run of `ds_configs/h100_20min.json`, from text to scores; parts 9 to 13 go on where
@@ -76,7 +77,7 @@ def parts(arguments: argparse.Namespace) -> dict[int, list[Command]]:
         )
 
     def whole(precisions: Sequence[str], limit_s: int, *words: str) -> Command:
-        flags = ("--size", "base", "--precision", *precisions, *words, *hardware, *quick)
+        flags = ("--size", "base", "--precision", *precisions, *words, *common)
         return script("end_to_end", limit_s, "end_to_end.py", *flags)
 
     precisions = ("fp32",) if is_cpu else ("bf16", "fp16")
@@ -100,11 +101,12 @@ def parts(arguments: argparse.Namespace) -> dict[int, list[Command]]:
             ),
         ],
         5: [
+            script("loader", 120, "loader.py", "--rounds", "3", *common),
             whole(
                 precisions,
-                500,
+                400,
                 *("--batch", "512", "--micro_batch", "64", "--steps", "40"),
-            )
+            ),
         ],
         6: [script("profile_step", 300, "profile_step.py", "--size", "base", *device, *quick)],
         7: [
@@ -130,6 +132,7 @@ def _real_run(arguments: argparse.Namespace) -> Command:
         *("--deepspeed_config", f"ds_configs/{recipe}.json", "--hardware", arguments.hardware),
         *("--output_dir", str(arguments.output_dir / "real"), "--limit_s", str(PART_S - 40)),
         *(("--precision", "bf16") if arguments.device != "cpu" else ()),
+        *("--device", arguments.device, *(("--quick",) if arguments.quick else ())),
     )
 
 

@@ -8,7 +8,8 @@ in a random order, made int64 tensors one by one, and put together by torch's Da
 anything is timed, both must give the same batches for the same rows.
 
 A round of a contender starts where a run would be and takes all that a run pays: reading,
-inflating, shuffling, checking, cutting. All take turns within one process.
+inflating, shuffling, checking, cutting, and the copy to the device. All take turns within one
+process.
 """
 
 import argparse
@@ -80,8 +81,8 @@ class NvidiaDataset(Dataset[list[Tensor]]):
         return [ids, segments, mask, labels, label]
 
 
-def nvidia(shards: Sequence[ShardInfo], num_workers: int) -> Iterator[int]:
-    """Batch after batch, the next file read in the background; gives the size of each."""
+def nvidia(shards: Sequence[ShardInfo], num_workers: int) -> Iterator[list[Tensor]]:
+    """Batch after batch, the next file read in the background."""
     files = random.Random(0).sample(list(shards), len(shards))
 
     def read(shard: ShardInfo) -> NvidiaDataset:
@@ -96,8 +97,7 @@ def nvidia(shards: Sequence[ShardInfo], num_workers: int) -> Iterator[int]:
             batches = DataLoader(
                 dataset, sampler=sampler, batch_size=BATCH, num_workers=num_workers
             )
-            for batch in batches:
-                yield len(batch[0])
+            yield from batches
 
 
 def ours(
@@ -107,8 +107,8 @@ def ours(
     world_size: int = 1,
     masking: Masking | None = None,
     first_step: int | None = None,
-) -> Iterator[int]:
-    """Our batches from the middle of an epoch on; gives the size of each."""
+) -> Iterator[list[Tensor]]:
+    """Our batches from the middle of an epoch on."""
     order = sample_order(shards, seed=1, global_samples=GLOBAL_BATCH)
     loader = StepLoader(
         shards,
@@ -124,7 +124,7 @@ def ours(
     with contextlib.closing(loader.steps(first_step * GLOBAL_BATCH)) as steps:  # type: ignore
         for step in steps:
             for batch in step.micro_batches:
-                yield len(batch["input_ids"])
+                yield list(batch.values())
 
 
 def make_rows(num_rows: int) -> Arrays:
@@ -194,7 +194,7 @@ def check_equal(shards: Sequence[ShardInfo], *, rank: int = 0, world_size: int =
 
 def contenders(
     layouts: Mapping[str, Sequence[ShardInfo]],
-) -> dict[str, tuple[Callable[[], Iterator[int]], bool]]:
+) -> dict[str, tuple[Callable[[], Iterator[list[Tensor]]], bool]]:
     """By name: what makes batches, and whether it is NVIDIA's."""
     fresh = Masking(
         seed=1,
@@ -206,7 +206,7 @@ def contenders(
         mask_id=103,
         continues_V=None,
     )
-    found: dict[str, tuple[Callable[[], Iterator[int]], bool]] = {}
+    found: dict[str, tuple[Callable[[], Iterator[list[Tensor]]], bool]] = {}
     for name, shards in layouts.items():
         for workers in (0, NVIDIA_WORKERS):
             found[f"{name} shards: NVIDIA, {workers} workers"] = (
@@ -223,16 +223,23 @@ def contenders(
     return found
 
 
-def clock(make: Callable[[], Iterator[int]], num_samples: int) -> dict[str, float]:
+def clock(
+    make: Callable[[], Iterator[list[Tensor]]], num_samples: int, device: torch.device
+) -> dict[str, float]:
     """Seconds to the first batch, and per sample from then on: of the clock, and of all cores."""
+
+    def take() -> int:
+        moved = [tensor.to(device) for tensor in next(batches)]
+        return len(moved[0])
+
     started = time.perf_counter()
     batches = make()
-    next(batches)
+    take()
     first_s = time.perf_counter() - started
     started, used = time.perf_counter(), cpu_s()
     done = 0
     while done < num_samples:
-        done += next(batches)
+        done += take()
     seconds = time.perf_counter() - started
     batches.close()  # type: ignore[attr-defined]
     return {"first_s": first_s, "rate": done / seconds, "cpu_us": 1e6 * (cpu_s() - used) / done}
@@ -272,7 +279,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 print(f"round {number + 1} of {arguments.rounds}: {name}", file=sys.stderr)
                 # NVIDIA's pays for a file's start once a file: a round of it is a whole file.
                 num_samples = layouts["own"][0].num_rows if is_nvidia else arguments.samples
-                figures["runs"].setdefault(name, []).append(clock(make, num_samples))
+                figures["runs"].setdefault(name, []).append(
+                    clock(make, num_samples, torch.device(arguments.device))
+                )
             figures["start_s"].append(start_s(layouts["own"][0]))
     return figures
 
@@ -329,6 +338,7 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--rows", type=int, default=100_000, help="random rows")
     add("--rounds", type=int, default=5)
     add("--samples", type=int, default=200_000, help="that ours makes in a round")
+    add("--device", default="cpu", help="where the batches are copied to")
     add("--hardware", help="a word for the report's name; without it none is written")
     add("--quick", action="store_true", help="few rows, one round")
     arguments = parser.parse_args(words)

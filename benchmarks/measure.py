@@ -97,6 +97,11 @@ def hardware() -> str:
     return f"{name}, {cores} {'core' if cores == 1 else 'cores'}"
 
 
+def device_flag(device: str) -> tuple[str, str]:
+    """How the product's own commands are told a torch device."""
+    return "--device", "cpu" if device == "cpu" else "gpu"
+
+
 def write_report(
     theme: str,
     *,

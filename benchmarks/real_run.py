@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import measure  # noqa: E402
+from zerobert.tracking import read_metrics  # noqa: E402
 
 TASKS = ("SST-2", "MRPC", "STS-B")
 STARTS = {"pretrained": (), "random weights": ("--random_init",)}
@@ -94,6 +95,7 @@ def pretrain(commands: Commands, arguments: argparse.Namespace) -> Path:
             *(ROOT / "zerobert" / "launcher.py", ROOT / "pretrain" / "run.py"),
             *("--deepspeed_config", arguments.deepspeed_config),
             *("--input_dir", out / "shards", "--output_dir", out / "run"),
+            *_flags(arguments),
         )
     models = (out / "run").glob("model_*/manifest.json")
     return max(models, key=lambda path: int(path.parent.name.removeprefix("model_"))).parent
@@ -114,15 +116,17 @@ def finetune(
                     *("--output_dir", out, "--seeds", arguments.seeds, *flags),
                     *("--learning_rate", str(arguments.learning_rate)),
                     *("--precision", arguments.precision),
+                    *_flags(arguments),
                 )
             result = json.loads((out / "result.json").read_text(encoding="utf-8"))
             found.setdefault(task, {})[start] = result
     return found
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def _flags(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """What both trainings are told alike."""
+    device = measure.device_flag(arguments.device) if arguments.device else ()
+    return (*device, *(("--max_steps", "20") if arguments.quick else ()))
 
 
 def curve(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -235,6 +239,8 @@ def main(words: Sequence[str] | None = None) -> int:
     add("--seeds", default="1,2,3")
     add("--learning_rate", type=float, default=5e-5)
     add("--precision", default="fp32")
+    add("--device", choices=("cpu", "cuda"), help="default: what there is")
+    add("--quick", action="store_true", help="a few steps of each training")
     add("--limit_s", type=float, help="end by then, and go on with the next call")
     add("--note", default="", help="a sentence for the report: of the text and the machine")
     add("--hardware", help="a word for the report's name; without it none is written")
