@@ -85,7 +85,7 @@ def test_loaders_give_equal_batches_before_they_are_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layouts = loader.write_layouts(tmp_path, loader.make_rows(4 * 1500))
-    assert layouts["own"][0].chunks[0] == (256, 128)
+    assert layouts["own"][0].chunks[0] == (1024, 128)
     assert layouts["NVIDIA's"][0].chunks[0] == (188, 16)  # h5py's choice
     monkeypatch.setattr(loader, "GLOBAL_BATCH", 256)
     for shards in layouts.values():
