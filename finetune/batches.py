@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from finetune.data import Examples, Labels
 from zerobert import distributed
+from zerobert.device import copied_to
 from zerobert.tokenizer import WordPieceTokenizer
 
 SEQ_LENGTH = 128  # where nobody says another
@@ -70,13 +71,14 @@ class Encoded:
             ids[row, :length] = self.input_ids[i]
             segments[row, :length] = self.segment_ids[i]
             mask[row, :length] = 1
-        tensors = (torch.from_numpy(array).to(device) for array in arrays)
+        tensors = (copied_to(device, torch.from_numpy(array)) for array in arrays)
         return dict(zip(names, tensors, strict=True))
 
     def loss_sum(self, outputs: Tensor, indices: Indices) -> Tensor:
         """Cross-entropy, or the squared error of scores."""
         assert self.labels is not None
-        return loss_sum(outputs.float(), torch.from_numpy(self.labels[indices]).to(outputs.device))
+        labels_B = copied_to(outputs.device, torch.from_numpy(self.labels[indices]))
+        return loss_sum(outputs.float(), labels_B)
 
 
 def encode(examples: Examples, tokenizer: WordPieceTokenizer, *, max_seq_length: int) -> Encoded:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from finetune.batches import Encoded, Indices
 from finetune.tasks import File, Split
+from zerobert.device import copied_to
 from zerobert.errors import ConfigError, DataError, print_aside
 from zerobert.manifest import sha256_file
 from zerobert.model import span_loss
@@ -228,7 +229,8 @@ class Features:
 
     def loss_sum(self, outputs: tuple[Tensor, Tensor], indices: Indices) -> Tensor:
         """The summed loss of what the model answers to that batch."""
-        starts_B, ends_B = torch.from_numpy(self.positions_N2[indices]).to(outputs[0].device).T
+        positions_B2 = torch.from_numpy(self.positions_N2[indices])
+        starts_B, ends_B = copied_to(outputs[0].device, positions_B2).T
         return span_loss(*outputs, starts_B, ends_B)
 
 

@@ -19,7 +19,7 @@ from pretrain.guard import GuardConfig, SpikeGuard
 from pretrain.progress import progress_line
 from pretrain.state import Saver, TrainState
 from zerobert import distributed, signals
-from zerobert.device import peak_memory_bytes
+from zerobert.device import copied_to, peak_memory_bytes
 from zerobert.engine import Engine
 from zerobert.errors import TrainingDivergedError
 from zerobert.model import PretrainingLosses
@@ -261,7 +261,7 @@ def train_step(engine: Engine, batch: StepBatch, shared: Shared, window: Window,
     """
     for micro, first in zip(batch.micro_batches, batch.first_samples, strict=True):
         torch.manual_seed(dropout_seed(seed, first))
-        losses = engine.forward(**{name: x.to(engine.device) for name, x in micro.items()})
+        losses = engine.forward(**{name: copied_to(engine.device, x) for name, x in micro.items()})
         mlm_share = losses.mlm_loss_sum / max(shared.num_masked, 1)
         nsp_share = losses.nsp_loss_sum / engine.global_batch_samples
         engine.backward(mlm_share + nsp_share)
@@ -375,7 +375,7 @@ def evaluate(
         0, or the exit code of a signal; nothing is logged of an evaluation that it cut short.
     """
     engine.train(False)
-    sums = torch.zeros(7, dtype=torch.float64)
+    sums = torch.zeros(7, dtype=torch.float64, device=engine.device)
     bar = tqdm(
         batches,
         desc="evaluate",
@@ -385,8 +385,10 @@ def evaluate(
     for batch in bar:
         if stop.exit_code:
             break
-        losses = engine.module(**{name: x.to(engine.device) for name, x in batch.items()})
-        masked = batch["masked_lm_positions"].count_nonzero()
+        inputs = {name: copied_to(engine.device, x) for name, x in batch.items()}
+        losses = engine.module(**inputs)
+        masked = inputs["masked_lm_positions"].count_nonzero()
+        num_rows = torch.full((), len(batch["input_ids"]), device=engine.device)
         parts: Sequence[Tensor] = [
             losses.mlm_loss_sum,
             losses.mlm_correct,
@@ -394,9 +396,9 @@ def evaluate(
             losses.nsp_loss_sum,
             losses.nsp_correct,
             losses.nsp_rows,
-            torch.tensor(len(batch["input_ids"])),
+            num_rows,
         ]
-        sums += torch.stack([part.detach().cpu().double() for part in parts])
+        sums += torch.stack([part.detach().double() for part in parts])
     engine.train()
     exit_code = agreed_exit_code(stop)
     *mlm, nsp_loss, nsp_correct, nsp_rows, rows = distributed.all_reduce_sum(sums.tolist())

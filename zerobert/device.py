@@ -40,6 +40,18 @@ def this_device() -> torch.device:
     return torch.device("cpu")
 
 
+def copied_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the CPU's memory on a device.
+
+    A GPU takes it from pinned memory when its turn comes: a copy from other memory would wait until
+    all that was asked of the GPU before is done, and the GPU then for what is asked next. Not tried
+    on one yet.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def peak_flops(device: torch.device) -> float | None:
     """A device's peak rate in 16-bit matrix products, FLOP/s; None where it is not known."""
     if device.type != "cuda":

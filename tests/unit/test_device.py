@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from zerobert.device import (
+    copied_to,
     peak_flops,
     peak_memory_bytes,
     slow_precision,
@@ -35,6 +36,24 @@ CPU = torch.device("cpu")
 def test_peaks(monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda")) == peak
+
+
+def test_a_tensor_is_copied_to_the_cpu() -> None:
+    tensor = torch.arange(6).reshape(2, 3)
+    assert torch.equal(copied_to(CPU, tensor), tensor)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_takes_what_the_tensor_was_when_it_was_asked() -> None:
+    device = torch.device("cuda")
+    busy = torch.randn(4096, 4096, device=device)
+    source = torch.arange(100_000)
+    for _ in range(20):
+        busy = busy @ busy.clamp(-1e-2, 1e-2)
+    copied = copied_to(device, source)
+    source.zero_()
+    assert torch.equal(copied.cpu(), torch.arange(100_000))
 
 
 def test_a_cpu_s_peak_is_not_known() -> None:
