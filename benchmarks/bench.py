@@ -43,9 +43,10 @@ def commands(arguments: argparse.Namespace) -> list[Command]:
         found.append(
             script(
                 "finetuning",
-                150,
+                330,
                 "finetuning.py",
-                *("--data_dir", str(arguments.glue_dir), "--rounds", "2", *common),
+                *("--data_dir", str(arguments.glue_dir), "--sentences", "256"),
+                *("--rounds", "2", *common),
             )
         )
     return found
