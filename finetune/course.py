@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from finetune import loop, output
@@ -24,6 +25,7 @@ from zerobert import distributed, manifest, training_state
 from zerobert.device import this_device
 from zerobert.ds_config import check_same_run, flatten
 from zerobert.engine import Engine, computes_in
+from zerobert.errors import CheckpointError
 from zerobert.signals import StopRequest
 from zerobert.training_state import StateReader
 
@@ -129,7 +131,7 @@ def run(
     progress = train(course, model, settings, out, stop, resumes=resumes)
     model = course.new_model()
     with distributed.one_voice():
-        model.load_state_dict(_kept_weights(out / output.STATE_NAME))
+        model.load_state_dict(_kept_weights(settings, out / output.STATE_NAME))
     forward = plain_forward(model, computes_in(settings.deepspeed), this_device())
     evaluation = progress.kept or course.evaluate(forward, progress.kept_step)
     return Outcome(model=model, forward=forward, progress=progress, evaluation=evaluation)
@@ -162,7 +164,7 @@ def train(
         progress.earlier_s = progress.elapsed_s
         print(f"{course.name}: going on from step {progress.step}, saved in {folder}")
     elif distributed.is_main():
-        shutil.rmtree(folder, ignore_errors=True)
+        output.discard_state(out)
     for review in _reviews(course, settings, engine, progress, stop):
         progress.step = review.step
         progress.owes_review = review.is_due and review.exit_code != 0
@@ -239,8 +241,8 @@ def _save(
         if settings.keeps_best:
             with manifest.writing(staging):
                 if progress.kept_step == progress.step:
-                    save_file(dict(reader.weights()), staging / _BEST_NAME)
-                elif (folder / _BEST_NAME).is_file():
+                    training_state.save_tensors(dict(reader.weights()), staging / _BEST_NAME)
+                elif progress.best_value is not None:
                     shutil.copy2(folder / _BEST_NAME, staging / _BEST_NAME)
 
     noted = {
@@ -266,22 +268,30 @@ def _find_state(course: Course, folder: Path) -> dict[str, Any] | None:
     """
     if not manifest.is_complete(folder):
         return None
-    record = manifest.verify_folder(folder)
-    before, now = (
-        {**flatten(run), **inputs}
-        for run, inputs in (
-            (record.config["run"], record.inputs),
-            (course.source, course.inputs),
-        )
-    )
-    check_same_run(before, now, str(folder))
-    progress: dict[str, Any] = record.config["progress"]
+    check_state(course, folder)
+    progress: dict[str, Any] = manifest.verify_folder(folder).config["progress"]
     return progress
 
 
-def _kept_weights(folder: Path) -> dict[str, torch.Tensor]:
-    best = folder / _BEST_NAME
-    return load_file(best) if best.is_file() else dict(StateReader(folder).weights())
+def check_state(course: Course, folder: Path) -> None:
+    """Hold the state of a training that did not come to its end, if there is one, against this one.
+
+    Raises:
+        ConfigError: it was of other settings or inputs.
+    """
+    if manifest.is_complete(folder):
+        record = manifest.read_manifest(folder)
+        before = {**flatten(record.config["run"]), **record.inputs}
+        check_same_run(before, {**flatten(course.source), **course.inputs}, str(folder))
+
+
+def _kept_weights(settings: loop.Settings, folder: Path) -> dict[str, torch.Tensor]:
+    if not settings.keeps_best:
+        return dict(StateReader(folder).weights())
+    try:
+        return load_file(folder / _BEST_NAME)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / _BEST_NAME} can't be read: {error}") from error
 
 
 def jsonable(value: Any) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.tables import read_rows
-from finetune.tasks import Split, Task, plain
+from finetune.tasks import File, Split, Task, plain
 from zerobert.errors import ConfigError, DataError, MissingDependencyError, print_aside
 from zerobert.manifest import sha256_file
 
@@ -88,6 +88,21 @@ def _wanted_files(task: Task) -> str:
     return " and ".join(split.files[0].name for split in splits)
 
 
+def check_files(task: Task, data_dir: Path | None, *, with_test: bool) -> None:
+    """Look whether all of a task's files are there; on the hub that is not known beforehand.
+
+    Raises:
+        DataError: names the one that is missing.
+    """
+    folder = choose_folder(task, data_dir)
+    needs_test = with_test or not task.train
+    splits = (task.train, *task.dev, *(task.test if needs_test else ()))
+    if folder is not None:
+        for split in splits:
+            if split:
+                _find_file(task, split, folder)
+
+
 def load_split(task: Task, split: Split, folder: Path | None) -> Examples:
     """Read one split, warning of a row count that is not the official one.
 
@@ -109,11 +124,16 @@ def load_split(task: Task, split: Split, folder: Path | None) -> Examples:
     return examples
 
 
-def _from_folder(task: Task, split: Split, folder: Path) -> Examples:
+def _find_file(task: Task, split: Split, folder: Path) -> File:
     file = next((file for file in split.files if (folder / file.name).is_file()), None)
     if file is None:
         wanted = " or ".join(str(folder / file.name) for file in split.files)
         raise DataError(f"{wanted}: no such file; put {task.name}'s official file there")
+    return file
+
+
+def _from_folder(task: Task, split: Split, folder: Path) -> Examples:
+    file = _find_file(task, split, folder)
     path = folder / file.name
     has_labels = not split.submission
     keep = _listed_ids(folder) if file.rows != "all" else None

@@ -1,12 +1,13 @@
 """From flags to runs: which tasks, from which model, with which settings and seeds."""
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import Any
 
-from finetune import config, glue, job, submission
+from finetune import config, data, glue, job, submission
 from finetune.data import find_labels, parse_columns
-from finetune.output import check_output
+from finetune.output import check_output, claimed
 from finetune.report import REPORT_NAME
 from finetune.tasks import Task, custom_task, find_task, plain
 from zerobert import distributed
@@ -43,6 +44,12 @@ def run_one(args: argparse.Namespace, stop: StopRequest) -> None:
     """Fine-tune on the task that was named."""
     with distributed.one_voice():
         task = custom_row(args) if plain(args.task_name) == "custom" else find_task(args.task_name)
+        if args.from_mnli and (args.model_name_or_path or not task.gains_from):
+            raise ConfigError(
+                "--from_mnli takes the model fine-tuned on MNLI, for RTE, MRPC or STS-B; leave it "
+                f"out for {task.name}"
+                + (f" from {args.model_name_or_path}" if args.model_name_or_path else "")
+            )
         model = args.model_name_or_path or default_model(task, from_mnli=args.from_mnli)
     out = args.output_dir or FINETUNED / task.name
     result = run_task(args, task, model, out, stop)
@@ -61,7 +68,13 @@ def run_all(args: argparse.Namespace, stop: StopRequest) -> None:
         model = args.model_name_or_path or str(newest_model(RUNS))
         tasks = glue.available_tasks(args.data_dir)
         out = args.output_dir or FINETUNED
-        reuses = args.resume == "auto" and glue.is_unfinished(out / "glue.json")
+        lacks_answers = args.do_predict and not (out / submission.ZIP_NAME).is_file()
+        is_open = glue.is_unfinished(out / "glue.json") or lacks_answers
+        reuses = args.resume == "auto" and is_open
+        for task in tasks:  # before the first is trained
+            data.check_files(task, args.data_dir, with_test=args.do_predict)
+        if args.from_mnli and not any(task.name == "MNLI" for task in tasks):
+            raise ConfigError("--from_mnli: there is no data of MNLI to fine-tune on first")
     if args.from_mnli:
         tasks = sorted(tasks, key=lambda task: task.name != "MNLI")
     title = f"GLUE dev sets, {model}"
@@ -109,31 +122,36 @@ def run_task(
     Args:
         reuses: a finished result of the very same run is taken as it is.
     """
-    with distributed.one_voice():
-        seeds = parse_seeds(args)
-        settings = config.choose_settings(
-            args,
-            seeds[0],
-            batch_size=task.batch_size,
-            learning_rate=task.learning_rate,
-            num_epochs=task.num_epochs,
-        )
-        check_output(out, Path(model))
-        if slow := slow_precision(this_device(), computes_in(settings.deepspeed)):
-            print(f"warning: {slow}")
-        prepared = job.prepare(
-            task,
-            model=model,
-            random_init=args.random_init,
-            data_dir=args.data_dir,
-            max_seq_length=args.max_seq_length,
-            do_predict=args.do_predict,
-        )
-        done = job.finished(prepared, settings, seeds, out) if reuses else None
-    if done is not None:
-        print(f"{task.name}: finished in {out}")
-        return done
-    return job.run_seeds(prepared, settings, seeds, out, stop, resumes=args.resume == "auto")
+    with contextlib.ExitStack() as held:
+        with distributed.one_voice():
+            seeds = parse_seeds(args)
+            settings = config.choose_settings(
+                args,
+                seeds[0],
+                batch_size=task.batch_size,
+                learning_rate=task.learning_rate,
+                num_epochs=task.num_epochs,
+            )
+            own_folders = [out / f"seed_{seed}" for seed in seeds] if len(seeds) > 1 else []
+            for folder in (out, *own_folders):
+                check_output(folder, Path(model))
+            if slow := slow_precision(this_device(), computes_in(settings.deepspeed)):
+                print(f"warning: {slow}")
+            prepared = job.prepare(
+                task,
+                model=model,
+                random_init=args.random_init,
+                data_dir=args.data_dir,
+                max_seq_length=args.max_seq_length,
+                do_predict=args.do_predict,
+            )
+            held.enter_context(claimed(out))
+            done = job.finished(prepared, settings, seeds, out) if reuses else None
+        if done is not None:
+            print(f"{task.name}: finished in {out}")
+            job.answer_tests(prepared, settings, out)
+            return done
+        return job.run_seeds(prepared, settings, seeds, out, stop, resumes=args.resume == "auto")
 
 
 def default_model(task: Task, *, from_mnli: bool) -> str:
@@ -190,6 +208,7 @@ def parse_seeds(args: argparse.Namespace) -> list[int]:
     if args.seeds is None:
         return [args.seed]
     words = args.seeds.split(",")
-    if not all(word.strip().isdecimal() for word in words) or len(set(words)) < len(words):
+    seeds = [int(word) for word in words if word.strip().isdecimal()]
+    if len(set(seeds)) < len(words):
         raise ConfigError(f"--seeds: wanted different numbers as 1,2,3, got {args.seeds!r}")
-    return [int(word) for word in words]
+    return seeds

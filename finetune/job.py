@@ -1,10 +1,11 @@
 """One task, from its files and a pretrained model to a fine-tuned model with its score."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,12 @@ from zerobert.tokenizer import WordPieceTokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """A task with its data read and encoded and the model to start from: what every seed shares."""
+    """A task with its data read and encoded and the model to start from: what every seed shares.
+
+    Attributes:
+        versions: source -> sha256 of all that the model comes from.
+        test_versions: of the test sets that are to be answered.
+    """
 
     task: Task
     folder: ModelFolder
@@ -40,6 +46,7 @@ class Job:
     test: tuple[batches.Encoded, ...]
     dev_examples: tuple[Examples, ...]
     versions: dict[str, str]
+    test_versions: dict[str, str]
     max_seq_length: int
 
 
@@ -73,18 +80,19 @@ def prepare(
         )
     where = data.choose_folder(task, data_dir) if task.folders else Path()
     versions = {"model": checkpoint.version(folder.path), "vocabulary": tokenizer.sha256}
+    test_versions: dict[str, str] = {}
 
-    def read(split: Split) -> Examples:
+    def read(split: Split, noted: dict[str, str]) -> Examples:
         examples = data.load_split(task, split, where)
-        versions[examples.source] = examples.version
+        noted[examples.source] = examples.version
         print(f"{task.name}: {len(examples)} examples from {examples.source}")
         return examples
 
     def encode(examples: Examples) -> batches.Encoded:
         return batches.encode(examples, tokenizer, max_seq_length=length)
 
-    train = encode(read(task.train)) if task.train else None
-    dev_examples = tuple(read(split) for split in task.dev)
+    train = encode(read(task.train, versions)) if task.train else None
+    dev_examples = tuple(read(split, versions) for split in task.dev)
     needs_test = do_predict or not task.train
     return Job(
         task=task,
@@ -93,10 +101,11 @@ def prepare(
         random_init=random_init and task.train is not None,
         train=train,
         dev=tuple(encode(examples) for examples in dev_examples),
-        test=tuple(encode(read(split)) for split in task.test) if needs_test else (),
+        test=tuple(encode(read(split, test_versions)) for split in task.test if needs_test),
         dev_examples=dev_examples,
         max_seq_length=length,
         versions=versions,
+        test_versions=test_versions,
     )
 
 
@@ -124,12 +133,18 @@ def run_seeds(
     if len(seeds) == 1 or not job.train:
         return run(job, _with_seed(settings, seeds[0]), out, stop, resumes=resumes)
     reuses = resumes and not manifest.is_complete(out)  # else all seeds came to their end
+    if resumes:  # before one of them is trained anew
+        with distributed.one_voice():
+            for seed in seeds:
+                state = out / f"seed_{seed}" / output.STATE_NAME
+                course.check_state(_course(job, _with_seed(settings, seed)), state)
     results = []
     for seed in seeds:
         folder, own = out / f"seed_{seed}", _with_seed(settings, seed)
         done = finished(job, own, [seed], folder) if reuses else None
         if done is not None:
             print(f"{job.task.name}: seed {seed} is finished in {folder}")
+            answer_tests(job, own, folder)
         results.append(done or run(job, own, folder, stop, resumes=resumes))
     result = metrics.summarize_seeds(results)
     with distributed.one_voice():
@@ -143,15 +158,23 @@ def _with_seed(settings: loop.Settings, seed: int) -> loop.Settings:
 
 
 def _keep_seed(out: Path, result: Mapping[str, Any], seeds: Sequence[int]) -> None:
-    best = out / f"seed_{result['seed']}"
-    record = manifest.read_manifest(best)
+    with _copied(
+        out / f"seed_{result['seed']}", out, keep=[f"seed_{seed}" for seed in seeds]
+    ) as staging:
+        manifest.write_json(staging / output.RESULT_NAME, result)
+
+
+@contextlib.contextmanager
+def _copied(source: Path, out: Path, *, keep: Collection[str], **noted: Any) -> Iterator[Path]:
+    """Yield a folder with a finished model's files, which then become those of `out`."""
+    record = manifest.read_manifest(source)
     with output.replacing(
-        out, config=record.config, inputs=record.inputs, keep=[f"seed_{seed}" for seed in seeds]
+        out, config={**record.config, **noted}, inputs=record.inputs, keep=keep
     ) as staging:
         with manifest.writing(staging):
             for name in record.files:
-                shutil.copy2(best / name, staging / name)
-        manifest.write_json(staging / output.RESULT_NAME, result)
+                shutil.copy2(source / name, staging / name)
+        yield staging
 
 
 def finished(
@@ -169,6 +192,23 @@ def finished(
     return result if [one["seed"] for one in result.get("all", [result])] == wanted else None
 
 
+def answer_tests(job: Job, settings: loop.Settings, out: Path) -> None:
+    """Add the predictions that are asked for to a finished model that has none; collective."""
+    noted = manifest.read_manifest(out).config
+    if not job.test or noted.get("tests") == job.test_versions:
+        return
+    model = _new_model(job, settings)
+    with distributed.one_voice():
+        checkpoint.load_weights(model, checkpoint.open_model(str(out)))
+    forward = batches.plain_forward(model, computes_in(settings.deepspeed), this_device())
+    predictions = _predict(job, forward)
+    with distributed.one_voice():
+        if distributed.is_main():
+            keep = noted.get("folders", ())
+            with _copied(out, out, keep=keep, tests=job.test_versions) as staging:
+                _write_predictions(job, predictions, staging)
+
+
 def run(
     job: Job, settings: loop.Settings, out: Path, stop: StopRequest, *, resumes: bool
 ) -> dict[str, Any]:
@@ -180,12 +220,13 @@ def run(
     """
     started = time.perf_counter()
     start = "random weights" if job.random_init else str(job.folder.path)
+    output.announce_replacement(out)
     course.announce(job.task.name, start, out, settings.seed)
     if job.train:
         made = course.run(_course(job, settings), settings, out, stop, resumes=resumes)
     else:
         made = _as_it_is(job, settings)
-    predictions = [batches.predict(made.forward, split, this_device()) for split in job.test]
+    predictions = _predict(job, made.forward)
     progress, evaluation = made.progress, made.evaluation
     wall_s = progress.earlier_s + time.perf_counter() - started
     result = _describe(job, settings, made, wall_s)
@@ -193,7 +234,11 @@ def run(
         if distributed.is_main():
             with output.replacing(
                 out,
-                config={"run": _source(job, settings), "step": progress.kept_step},
+                config={
+                    "run": _source(job, settings),
+                    "step": progress.kept_step,
+                    "tests": job.test_versions,
+                },
                 inputs=job.versions,
                 keep=[f"step_{step}" for step in progress.saved_steps],
             ) as staging:
@@ -296,6 +341,10 @@ def _majority(job: Job) -> float | None:
         return None
     scores = metrics.majority_scores(job.task, _labels(job.train), _labels(job.dev[0]))
     return scores[job.task.metrics[0]]
+
+
+def _predict(job: Job, forward: Callable[..., torch.Tensor]) -> list[npt.NDArray[np.float32]]:
+    return [batches.predict(forward, split, this_device()) for split in job.test]
 
 
 def _write_predictions(

@@ -49,11 +49,15 @@ class Settings:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "num_epochs", "logging_steps"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"--{name}: wanted above 0, got {getattr(self, name)}")
-        if not self.seed >= 0:
-            raise ConfigError(f"--seed: wanted 0 or more, got {self.seed}")
+        for name, flag in (
+            ("learning_rate", "learning_rate"),
+            ("num_epochs", "num_train_epochs"),
+            ("logging_steps", "logging_steps"),
+        ):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"--{flag}: wanted above 0, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"--seed: wanted 0 to 2^63 - 1, got {self.seed}")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise ConfigError(f"--layer_decay: wanted above 0, at most 1, got {self.layer_decay}")
         for name, flag in (
@@ -72,8 +76,9 @@ class Settings:
     def deciding(self) -> dict[str, Any]:
         """The settings that decide what comes out."""
         chosen = dataclasses.asdict(self)
-        for name in ("logging_steps", "save_steps"):
-            del chosen[name]
+        del chosen["logging_steps"]
+        if not self.keeps_best and self.patience is None:
+            del chosen["save_steps"]  # else it says between which models there is a choice
         return chosen
 
     def count_steps(self, num_examples: int, batch_size: int) -> int:

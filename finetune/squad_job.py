@@ -1,6 +1,7 @@
 """SQuAD, from its files and a pretrained model to a fine-tuned model with its scores."""
 
 import argparse
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
         ZerobertError: what the user can mend.
         SystemExit: a signal asked to end.
     """
-    with config.one_process_speaks(args):
+    with config.one_process_speaks(args), contextlib.ExitStack() as held:
         with distributed.one_voice():
             settings = config.choose_settings(
                 args,
@@ -77,6 +78,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
             if slow := slow_precision(this_device(), computes_in(settings.deepspeed)):
                 print(f"warning: {slow}")
             job = prepare(args, model)
+            held.enter_context(output.claimed(out))
         result = fine_tune(job, settings, out, stop, resumes=args.resume == "auto")
         rows = [
             (name, f"{100 * value:.2f}", f"{PUBLISHED[name]:.1f}")
@@ -147,6 +149,7 @@ def fine_tune(
     """
     started = time.perf_counter()
     start = "random weights" if job.random_init else str(job.folder.path)
+    output.announce_replacement(out)
     course.announce("SQuAD", start, out, settings.seed)
     made = course.run(_course(job, settings), settings, out, stop, resumes=resumes)
     progress, evaluation = made.progress, made.evaluation

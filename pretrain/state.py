@@ -18,7 +18,7 @@ from zerobert import checkpoint, distributed, manifest, training_state
 from zerobert.config import BertConfig
 from zerobert.ds_config import check_same_run
 from zerobert.engine import Engine, precision
-from zerobert.errors import CheckpointError, ConfigError, ManifestError
+from zerobert.errors import CheckpointError, ManifestError
 from zerobert.tokenizer import WordPieceTokenizer
 from zerobert.training_state import Snapshot
 
@@ -320,13 +320,7 @@ def claim(path: Path) -> None:
         ConfigError: another run is writing into the folder.
         DataError: the folder can't be made.
     """
-    with manifest.writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-        descriptor = manifest.try_lock(path)  # stays open: the claim ends with this process
-    if descriptor is None:
-        raise ConfigError(
-            f"another run is writing into {path}; wait for its end or choose another --output_dir"
-        )
+    manifest.claim_folder(path)  # stays open: the claim ends with this process
     manifest.remove_leftovers(path)  # of a run that was killed
 
 

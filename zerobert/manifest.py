@@ -12,12 +12,13 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from zerobert.errors import DataError, ManifestError
+from zerobert.errors import ConfigError, DataError, ManifestError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -252,6 +253,28 @@ def try_lock(folder: Path) -> int | None:
     except BlockingIOError:
         os.close(descriptor)
         return None
+    return descriptor
+
+
+def claim_folder(folder: Path) -> int:
+    """Make a folder that can be written to, and keep other runs out of it.
+
+    Returns:
+        A descriptor: the claim ends when it is closed, or with this process.
+
+    Raises:
+        ConfigError: another run has claimed it.
+        DataError: it can't be made, or nothing can be written there.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        descriptor = try_lock(folder)
+    if descriptor is None:
+        raise ConfigError(
+            f"another run is writing into {folder}; wait for its end or choose another --output_dir"
+        )
     return descriptor
 
 

@@ -115,10 +115,21 @@ def write_pieces(folder: Path, rank: int, pieces: Sequence[Piece]) -> None:
         f"{kind}/{piece.name}": values for piece in pieces for kind, values in piece.values.items()
     }
     offsets = {piece.name: piece.offset for piece in pieces}
+    save_tensors(tensors, path, metadata={"offsets": json.dumps(offsets)})
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        DataError: it can't be written.
+    """
     with manifest.writing(path):
         try:
-            save_file(tensors, path, metadata={"offsets": json.dumps(offsets)})
-        except SafetensorError as error:
+            save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
+        except SafetensorError as error:  # what it makes of a full disk
             raise OSError(str(error)) from error
 
 

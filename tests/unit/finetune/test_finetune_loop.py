@@ -325,6 +325,14 @@ def test_stops_for_reviews(changes: dict, stops: list) -> None:
     assert [(review.step, review.saves) for review in reviews] == stops
 
 
+def test_when_models_are_compared_is_part_of_the_run_where_the_best_is_kept() -> None:
+    often = dataclasses.replace(SETTINGS, save_steps=2)
+    assert often.deciding() == SETTINGS.deciding()
+    for choosing in ({"keeps_best": True}, {"patience": 3}):
+        one, other = (dataclasses.replace(each, **choosing) for each in (SETTINGS, often))
+        assert one.deciding() != other.deciding()
+
+
 def test_bf16_trains_close_to_fp32(capsys) -> None:
     losses = []
     for sections in ({}, BF16):
@@ -354,6 +362,8 @@ def test_a_loss_that_is_no_number_stops_the_run() -> None:
     ("name", "value"),
     [
         ("num_epochs", 0.0),
+        ("num_epochs", math.inf),
+        ("seed", 2**63),
         ("max_steps", 0),
         ("save_steps", -5),
         ("logging_steps", 0),
@@ -363,7 +373,8 @@ def test_a_loss_that_is_no_number_stops_the_run() -> None:
     ],
 )
 def test_settings_out_of_range_are_refused(name: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=f"--.*{name}: wanted .* got {value}"):
+    flag = {"num_epochs": "num_train_epochs"}.get(name, name)
+    with pytest.raises(ConfigError, match=f"--.*{flag}: wanted .* got {value}"):
         dataclasses.replace(SETTINGS, **{name: value})
 
 

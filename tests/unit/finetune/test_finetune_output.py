@@ -3,9 +3,15 @@ from pathlib import Path
 
 import pytest
 
-from finetune.output import check_output, replacing
-from zerobert.errors import ConfigError
-from zerobert.manifest import is_complete, read_manifest, verify_folder
+from finetune.output import announce_replacement, check_output, claimed, replacing
+from zerobert.errors import ConfigError, DataError
+from zerobert.manifest import (
+    is_complete,
+    read_manifest,
+    staged_folder,
+    verify_folder,
+    write_manifest,
+)
 
 
 def finish(out: Path, files: dict[str, str], keep: tuple[str, ...] = ()) -> None:
@@ -30,7 +36,8 @@ def test_finished_run_is_complete_and_verified(tmp_path: Path) -> None:
     finish(out, {"model.safetensors": "1", "result.json": "{}"})
     assert names(out) == {"model.safetensors", "result.json", "manifest.json"}
     record = verify_folder(out)
-    assert (record.kind, record.config, record.inputs) == ("model", {"task": "T"}, {"a": "b"})
+    assert (record.kind, record.inputs) == ("model", {"a": "b"})
+    assert record.config == {"task": "T", "folders": []}
     assert set(record.files) == {"model.safetensors", "result.json"}
 
 
@@ -72,20 +79,57 @@ def test_killed_between_the_moves_is_incomplete_and_can_be_run_again(
 
 
 def test_what_an_older_run_left_goes_and_what_others_put_there_stays(tmp_path: Path) -> None:
-    finish(tmp_path, {"model.safetensors": "old", "result.json": "{}", "SST-2.tsv": "old"})
-    for name in ("step_5", "step_10", "seed_1", ".incomplete-step_3", "notes", "step_last"):
+    for name in ("step_5", "step_10", "seed_1", ".incomplete-step_3"):
+        (tmp_path / name).mkdir()
+    older = {"model.safetensors": "old", "result.json": "{}", "SST-2.tsv": "old"}
+    finish(tmp_path, older, keep=("step_5", "step_10", "seed_1"))
+    for name in ("notes", "step_last", "step_7", "seed_2"):
         (tmp_path / name).mkdir()
     (tmp_path / "my_notes.txt").write_text("mine")
     finish(tmp_path, {"model.safetensors": "new", "result.json": "{}"}, keep=("step_10",))
     assert names(tmp_path) == {
         *("model.safetensors", "result.json", "manifest.json", "my_notes.txt"),
-        *("step_10", "notes", "step_last"),
+        *("step_10", "notes", "step_last", "step_7", "seed_2"),
     }
     assert "SST-2.tsv" not in read_manifest(tmp_path).files
 
 
+def test_the_state_goes_with_the_models_saved_on_its_way(tmp_path: Path) -> None:
+    for name in ("step_5", "step_10", "step_15"):
+        (tmp_path / name).mkdir()
+    with staged_folder(tmp_path / "state") as staging:
+        progress = {"saved_steps": [5, 10]}
+        write_manifest(staging, kind="state", config={"progress": progress}, inputs={})
+    finish(tmp_path, {"result.json": "{}"}, keep=("step_10",))
+    assert names(tmp_path) == {"result.json", "manifest.json", "step_10", "step_15"}
+
+
+@pytest.mark.parametrize("name", ["step_5", "state"])
+def test_what_somebody_else_put_under_a_name_of_ours_is_not_written_over(
+    name: str, tmp_path: Path
+) -> None:
+    finish(tmp_path / "step_3", {"result.json": "{}"})  # a model of ours
+    check_output(tmp_path, tmp_path / "model")
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=rf"did not write \S+{name}, .*move it away or choose"):
+        check_output(tmp_path, tmp_path / "model")
+
+
+def test_a_folder_is_one_run_s_at_a_time(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    with claimed(out):
+        with pytest.raises(ConfigError, match=r"another run is writing into .*out"), claimed(out):
+            pass
+    with claimed(out):
+        assert names(out) == set()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="file/out"), claimed(tmp_path / "file" / "out"):
+        pass
+
+
 def test_model_to_start_from_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "step_5").mkdir()
+    finish(tmp_path / "step_5", {"result.json": "{}"})
     for start in (tmp_path, tmp_path / "step_5"):
         with pytest.raises(ConfigError, match="is or holds the model to start from"):
             check_output(tmp_path / "step_5" / "..", start)
@@ -102,5 +146,5 @@ def test_another_model_is_not_overwritten(tmp_path: Path) -> None:
 
 def test_running_again_says_what_happens_to_the_older_model(tmp_path: Path, capsys) -> None:
     finish(tmp_path, {"config.json": "{}", "result.json": "{}"})
-    check_output(tmp_path, tmp_path / "model")
+    announce_replacement(tmp_path)
     assert "stays until the new one is complete" in capsys.readouterr().out

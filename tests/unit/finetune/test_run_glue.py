@@ -2,6 +2,8 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
+import statistics
 import sys
 import zipfile
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune import experiment, glue, job, loop, run_glue
+from finetune import course, experiment, glue, job, loop, run_glue
 from finetune.course import Evaluation
 from finetune.tasks import TASKS, find_task
 from tests.glue_files import write_every_task
@@ -279,6 +281,79 @@ def test_an_ended_glue_run_keeps_what_it_has_finished(
     assert Path("out/SST-2/result.json").stat().st_mtime_ns != finished
 
 
+def test_predictions_are_added_to_what_is_finished(
+    pretrained: Path, root: Path, monkeypatch, capsys
+) -> None:
+    """Whether the run came to its end or was stopped: no task is trained once more for them."""
+    write(root / "STS-B" / "test.tsv", "index\tsentence1\tsentence2\n0\tthe tea\ta soup\n")
+    for split in ("matched", "mismatched"):
+        rows = "index\tsentence1\tsentence2\n0\tthe tea\ta soup\n"
+        write(root / "MNLI" / f"test_{split}.tsv", rows)
+    flags = ("--task_name", "glue", "--max_steps", "2", "--seeds", "1,2", "--output_dir")
+    run(monkeypatch, *flags, "whole", "--do_predict")
+    let_go_on = ended_after(monkeypatch, 7)  # in the second task's second seed
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *flags, "cut")
+    let_go_on()
+    run(monkeypatch, *flags, "cut", "--do_predict")
+    weights = Path("cut/MNLI/model.safetensors").stat().st_mtime_ns
+    run(monkeypatch, *flags, "plain")
+    capsys.readouterr()
+    run(monkeypatch, *flags, "plain", "--do_predict")
+    assert ": from " not in capsys.readouterr().out
+    for out in map(Path, ("cut", "plain")):
+        for name in ("SST-2", "STS-B", "MNLI-m", "MNLI-mm", "AX"):
+            file = Path(name.removesuffix("-m").removesuffix("-mm"), f"{name}.tsv")
+            assert (out / file).read_bytes() == (Path("whole") / file).read_bytes()
+        for task in ("SST-2", "AX"):
+            manifest.verify_folder(out / task)
+        assert sorted(path.name for path in (out / "SST-2").glob("seed_*")) == ["seed_1", "seed_2"]
+        assert (out / "submission.zip").is_file()
+    assert Path("cut/MNLI/model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_other_settings_are_refused_before_a_finished_seed_is_trained_anew(
+    pretrained: Path, root: Path, monkeypatch
+) -> None:
+    flags = ("--task_name", "sst2", "--max_steps", "2", "--seeds", "1,2", "--output_dir", "out")
+    let_go_on = ended_after(monkeypatch, 3)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *flags)
+    let_go_on()
+    before = Path("out/seed_1/model.safetensors").stat().st_mtime_ns
+    with pytest.raises(ConfigError, match=r"seed_2/state .*params\.lr was 2e-05, is 0\.05"):
+        run(monkeypatch, *flags, "--learning_rate", "5e-2")
+    assert Path("out/seed_1/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_best_weights_are_not_replaced_by_others(
+    pretrained: Path, root: Path, monkeypatch
+) -> None:
+    read = course.load_file
+
+    def lose(path: Path) -> dict[str, torch.Tensor]:
+        path.unlink()
+        return read(path)
+
+    monkeypatch.setattr(course, "load_file", lose)
+    with pytest.raises(CheckpointError, match=r"state/best\.safetensors can't be read"):
+        run(
+            monkeypatch,
+            *("--task_name", "sst2", "--max_steps", "2", "--load_best_model_at_end"),
+            *("--output_dir", "out"),
+        )
+    assert not Path("out/result.json").exists()
+
+
+def test_glue_looks_for_every_file_before_it_trains(
+    pretrained: Path, root: Path, monkeypatch
+) -> None:
+    (root / "STS-B" / "dev.tsv").unlink()
+    with pytest.raises(DataError, match=r"STS-B/dev\.tsv: no such file"):
+        run(monkeypatch, "--task_name", "glue", "--max_steps", "1")
+    assert not Path("runs/finetune").exists()
+
+
 def test_a_classifier_of_other_labels_is_new(
     pretrained: Path, root: Path, monkeypatch, capsys
 ) -> None:
@@ -310,11 +385,17 @@ def classifier(out: str) -> torch.Tensor:
 def test_tasks_that_gain_from_mnli_start_from_it(pretrained: Path, root: Path, monkeypatch) -> None:
     with pytest.raises(ConfigError, match="--from_mnli: STS-B starts from a model fine-tuned on M"):
         run(monkeypatch, "--task_name", "stsb", "--from_mnli")
+    for flags in (("rte", "--model_name_or_path", "x"), ("sst2",)):
+        with pytest.raises(ConfigError, match="--from_mnli takes the model fine-tuned on M"):
+            run(monkeypatch, "--from_mnli", "--task_name", *flags)
     run(monkeypatch, "--task_name", "glue", "--from_mnli", "--max_steps", "1", "--output_dir", "o")
     tasks = json.loads(Path("o/glue.json").read_text())["tasks"]
     assert list(tasks) == ["MNLI", "SST-2", "STS-B", "AX"]
     assert tasks["STS-B"]["model"]["path"] == tasks["AX"]["model"]["path"] == "o/MNLI"
     assert tasks["SST-2"]["model"]["path"] == "runs/tiny/model_7"
+    shutil.rmtree(root / "MNLI")
+    with pytest.raises(ConfigError, match="--from_mnli: there is no data of MNLI"):
+        run(monkeypatch, "--task_name", "glue", "--from_mnli")
 
 
 def test_a_file_of_deepspeed_s_settings(pretrained: Path, root: Path, monkeypatch) -> None:
@@ -365,8 +446,11 @@ def test_glue_runs_what_there_is_data_for_and_ax_on_mnlis_model(
     table = json.loads((out / "glue.json").read_text())
     assert list(table["tasks"]) == ["SST-2", "STS-B", "MNLI", "AX"]
     assert table["num_scored_tasks"] == 3
-    values = [table["tasks"][name]["value"] for name in ("SST-2", "STS-B", "MNLI")]
-    assert table["average"] == pytest.approx(sum(values) / 3)
+    means = [
+        statistics.mean(table["tasks"][name]["metrics"].values())
+        for name in ("SST-2", "STS-B", "MNLI")
+    ]
+    assert table["average"] == pytest.approx(sum(means) / 3)
     assert table["tasks"]["AX"]["model"]["path"] == "runs/finetune/MNLI"
     assert table["tasks"]["AX"]["value"] is None
     assert set(table["tasks"]["MNLI"]["metrics"]) == {"accuracy", "accuracy_mismatched"}
@@ -492,7 +576,7 @@ def test_own_regression(pretrained: Path, monkeypatch) -> None:
         (["--task_name", "sst2", "--batch_size", "0"], ConfigError, "whole numbers above 0, got 0"),
         (["--task_name", "sst2", "--weight_decay", "-1"], ConfigError, "weight_decay: wanted a"),
         (["--task_name", "sst2", "--seeds", "1,x"], ConfigError, "--seeds: wanted different"),
-        (["--task_name", "sst2", "--seeds", "1,1"], ConfigError, "--seeds: wanted different"),
+        (["--task_name", "sst2", "--seeds", "1, 1"], ConfigError, "--seeds: wanted different"),
         (["--task_name", "sst2", "--max_steps", "0"], ConfigError, "--max_steps: wanted 1 or more"),
         (["--task_name", "sst2", "--max_seq_length", "65"], ConfigError, "made for at most 64"),
         (["--task_name", "sst2", "--model_type", "gpt"], ConfigError, "invalid choice: 'gpt'"),
@@ -583,6 +667,7 @@ def test_the_page_of_all_tasks_has_each_metric_s_median_best_and_spread() -> Non
         "metrics": {"accuracy": 0.8, "f1": 0.86},
         "value": 0.8,
         "median": 0.7,
+        "median_metrics": {"accuracy": 0.7, "f1": 0.875},
         "majority_baseline": 0.6838,
         "steps": 1150,
         "all": [
@@ -592,11 +677,14 @@ def test_the_page_of_all_tasks_has_each_metric_s_median_best_and_spread() -> Non
         ],
     }
     one = {**mrpc, "task": "SST-2", "metrics": {"accuracy": 0.9}, "value": 0.9, "seed": 42}
-    del one["all"], one["median"]
+    del one["all"], one["median"], one["median_metrics"]
+    wnli = {**one, "task": "WNLI"}
     ax = {**one, "task": "AX", "metric": "matthews", "metrics": {}, "value": None, "steps": 0}
     ax["majority_baseline"] = None
     table = glue.results_table([mrpc, one, ax], {"MRPC": "MRPC/report.html"})
-    assert table.title == "Dev sets, in percent; the tasks' average is 80.00"
+    titled = "the average of 2 tasks' mean metrics, without WNLI and AX, is 84.38"
+    assert table.title == f"Dev sets, in percent; {titled}"
+    assert titled in glue.results_table([mrpc, one, wnli, ax], {}).title
     assert table.header == (
         *("task", "metric", "median", "best", "spread", "majority class", "PaddleNLP"),
         *("seeds", "steps"),
