@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pretrain.guard import GuardConfig
-from zerobert import engine, schedule
+from zerobert import checkpoint, engine, schedule
 from zerobert.checkpoint import ModelFolder, open_model
 from zerobert.config import BertConfig, check_keys, from_dict, load_json
 from zerobert.ds_config import BatchSizes, clipping, flatten, override
@@ -206,14 +206,15 @@ class PretrainConfig:
 
     def _continued(self, source: ModelFolder, vocab_size: int) -> BertConfig:
         """The architecture of the initial weights, with what the JSON may change in it."""
-        if source.config.vocab_size != vocab_size:
+        if not checkpoint.has_room(source.config, vocab_size):
             raise ConfigError(
                 f"{source.path} was made for {source.config.vocab_size} words, the shards' "
                 f"vocabulary has {vocab_size}: use shards made with its vocab.txt"
             )
         if not self.bert.model:
             return source.config
-        asked = BertConfig.from_size({**self.bert.model, "vocab_size": vocab_size}, "bert.model")
+        sizes = {**self.bert.model, "vocab_size": source.config.vocab_size}
+        asked = BertConfig.from_size(sizes, "bert.model")
         free = {name for name in self.bert.model if "dropout" in name}
         changed = [
             f"{field.name} {getattr(asked, field.name)} (the weights: {kept})"

@@ -29,7 +29,7 @@ from zerobert.model import BertForPreTraining, num_parameters, training_flops_pe
 from zerobert.optim import build_optimizer
 from zerobert.shards import ShardInfo, find_shards, shard_lower_case, shard_vocabulary
 from zerobert.signals import StopRequest
-from zerobert.tokenizer import VOCAB_NAME, WordPieceTokenizer
+from zerobert.tokenizer import WordPieceTokenizer
 from zerobert.tracking import code_version, open_tracker, read_status, write_status
 
 _WEIGHT_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -303,24 +303,27 @@ def _vocabulary(
     beside = shard_vocabulary(folders)
     given = config.bert.data.vocab_file
     source = config.init_from
-    if given is None and beside is None and source is not None:
-        beside = source.path / VOCAB_NAME if (source.path / VOCAB_NAME).is_file() else None
-    if given is None and beside is None:
+    known = None
+    if source is not None and source.has_vocabulary:
+        known = checkpoint.load_tokenizer(source)
+    if given is None and beside is None and known is None:
         raise ConfigError(
             f"no vocab.txt beside the shards in {', '.join(map(str, folders))}; name the one they "
             "were made with by --vocab_file"
         )
     lower_case = shard_lower_case(folders)
     if lower_case is None:
-        lower_case = source is None or source.do_lower_case
-    tokenizer = WordPieceTokenizer.from_file(
-        Path(given) if given else beside,  # type: ignore[arg-type]
-        do_lower_case=lower_case,
-    )
+        lower_case = source is None or source.text_rules.do_lower_case
+    file = Path(given) if given else beside
+    if file is not None:
+        tokenizer = WordPieceTokenizer.from_file(file, do_lower_case=lower_case)
+    else:
+        assert known is not None
+        tokenizer = WordPieceTokenizer(known.vocab, do_lower_case=lower_case)
     if given and beside and manifest.sha256_file(beside) != manifest.sha256_file(given):
         raise ConfigError(f"--vocab_file {given} is not the vocabulary of the shards, {beside}")
-    if source is not None and (source.path / VOCAB_NAME).is_file():
-        _check_words(source, tokenizer)
+    if source is not None and known is not None:
+        _check_words(source, known, tokenizer)
     inputs = {"vocab.txt": tokenizer.sha256}
     for folder in sorted({shard.path.parent for shard in training}):
         if manifest.is_complete(folder):
@@ -329,13 +332,14 @@ def _vocabulary(
     return tokenizer, inputs
 
 
-def _check_words(source: ModelFolder, tokenizer: WordPieceTokenizer) -> None:
+def _check_words(
+    source: ModelFolder, known: WordPieceTokenizer, tokenizer: WordPieceTokenizer
+) -> None:
     """Another number of words is told by the architecture; here it is other words, or their order.
 
     Raises:
         ConfigError: the model knows other words by the shards' numbers.
     """
-    known = checkpoint.load_tokenizer(source)
     if len(known.vocab) == len(tokenizer.vocab) and known.sha256 != tokenizer.sha256:
         number = next(i for i, word in enumerate(known.vocab) if word != tokenizer.vocab[i])
         raise ConfigError(

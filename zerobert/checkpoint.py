@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from zerobert import __version__, manifest
 from zerobert.config import BertConfig, from_dict
 from zerobert.errors import CheckpointError, ConfigError
-from zerobert.tokenizer import WordPieceTokenizer
+from zerobert.tokenizer import TOKENIZER_NAME, VOCAB_NAME, TextRules, WordPieceTokenizer
 
 WEIGHTS_NAME = "model.safetensors"
 # What a task adds on top of the encoder: may be missing from, or superfluous in, a folder.
@@ -33,18 +33,44 @@ _ARCHITECTURE = {
 }
 # Hugging Face has no such BERT, and would compute something else with the weights of one.
 _PRE_NORM_TYPE = "zerobert-pre-layer-norm"
+# transformers' classes that cut text as BERT does, and those that do what tokenizer.json says.
+_WORD_PIECE_CLASSES = ("", "BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer")
+_LIBRARY_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend")
+_LIBRARY_PARTS = {
+    "normalizer": "BertNormalizer",
+    "pre_tokenizer": "BertPreTokenizer",
+    "model": "WordPiece",
+}
+_NORMALIZER_NAMES = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
+# Rows that tensor cores like, which are no words: NVIDIA pads to 8, others up to 128.
+_ROW_MULTIPLE, _MAX_SPARE_ROWS = 8, 127
 _BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelFolder:
-    """A model on disk: its architecture and, if it is a classifier, its labels."""
+    """A model on disk: its architecture and, if it is a classifier, its labels.
+
+    Attributes:
+        text_rules: what happens to a text before it is cut.
+        tokenizer_class: of transformers, without its `Fast`; empty where none is named.
+    """
 
     path: Path
     config: BertConfig
     labels: tuple[str, ...]
     is_regression: bool
-    do_lower_case: bool
+    text_rules: TextRules
+    tokenizer_class: str
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether a vocabulary came with the weights."""
+        return any((self.path / name).is_file() for name in (VOCAB_NAME, TOKENIZER_NAME))
 
 
 def open_model(name_or_path: str) -> ModelFolder:
@@ -78,21 +104,38 @@ def open_model(name_or_path: str) -> ModelFolder:
                 "choose a plain BERT encoder"
             )
     labels = raw.get("id2label", {})
-    lower_case = True
-    if (path / "tokenizer_config.json").is_file():
-        lower_case = bool(_read_json(path / "tokenizer_config.json").get("do_lower_case", True))
+    tokenizer_class, text_rules = _tokenizer_settings(path)
     return ModelFolder(
         path=path,
         config=config,
         labels=tuple(labels[key] for key in sorted(labels, key=int)),
         is_regression=raw.get("problem_type") == "regression",
-        do_lower_case=lower_case,
+        text_rules=text_rules,
+        tokenizer_class=tokenizer_class,
     )
+
+
+def _tokenizer_settings(path: Path) -> tuple[str, TextRules]:
+    """The class of a folder's tokenizer, and its rules: its config's, else its normalizer's."""
+    asked: dict[str, Any] = {}
+    if (path / "tokenizer_config.json").is_file():
+        asked = _read_json(path / "tokenizer_config.json")
+    name = str(asked.get("tokenizer_class") or "").removesuffix("Fast")
+    if name in _LIBRARY_CLASSES:
+        asked = {}
+    normalizer: dict[str, Any] = {}
+    if (path / TOKENIZER_NAME).is_file():
+        normalizer = _read_json(path / TOKENIZER_NAME).get("normalizer") or {}
+    rules = {}
+    for field in dataclasses.fields(TextRules):
+        known = normalizer.get(_NORMALIZER_NAMES[field.name], field.default)
+        rules[field.name] = asked.get(field.name, known)
+    return name, TextRules(**rules)
 
 
 def _download(name: str) -> Path:
     try:
-        patterns = ["config.json", "*.safetensors", "pytorch_model.bin", "vocab.txt"]
+        patterns = ["config.json", "*.safetensors", "pytorch_model.bin", VOCAB_NAME]
         return Path(snapshot_download(name, allow_patterns=[*patterns, "tokenizer*.json"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
@@ -121,20 +164,59 @@ def version(path: Path) -> str:
 
 
 def load_tokenizer(folder: ModelFolder) -> WordPieceTokenizer:
-    """The folder's tokenizer.
+    """The folder's tokenizer, from `vocab.txt` or from the `tokenizer.json` alone.
+
+    transformers 5 writes only the second.
 
     Raises:
-        CheckpointError: the vocabulary does not fit the weights.
+        CheckpointError: the vocabulary does not fit the weights, or text is to be cut in another
+            way than BERT's.
         DataError: the vocabulary is missing or can't be read.
     """
-    vocab_file = folder.path / "vocab.txt"
-    tokenizer = WordPieceTokenizer.from_file(vocab_file, do_lower_case=folder.do_lower_case)
-    if len(tokenizer.vocab) != folder.config.vocab_size:
+    name = folder.tokenizer_class
+    if name not in (*_WORD_PIECE_CLASSES, *_LIBRARY_CLASSES):
         raise CheckpointError(
-            f"{vocab_file} has {len(tokenizer.vocab)} words, but the model was made for "
-            f"{folder.config.vocab_size}: use the vocabulary that it was trained with"
+            f"{folder.path}/tokenizer_config.json: wanted a WordPiece tokenizer as BertTokenizer, "
+            f"got {name!r}; choose a model that cuts text as BERT does"
+        )
+    rules = dataclasses.asdict(folder.text_rules)
+    vocab_file, library_file = folder.path / VOCAB_NAME, folder.path / TOKENIZER_NAME
+    if library_file.is_file() and (name in _LIBRARY_CLASSES or not vocab_file.is_file()):
+        vocab_file = library_file
+        tokenizer = WordPieceTokenizer(_library_words(vocab_file), **rules, where=str(vocab_file))
+    else:
+        tokenizer = WordPieceTokenizer.from_file(vocab_file, **rules)
+    words, rows = len(tokenizer.vocab), folder.config.vocab_size
+    if not has_room(folder.config, words):
+        raise CheckpointError(
+            f"{vocab_file} has {words} words, but the model was made for {rows}: use the "
+            "vocabulary that it was trained with"
         )
     return tokenizer
+
+
+def has_room(config: BertConfig, num_words: int) -> bool:
+    """Whether a vocabulary is the model's: as many words as rows, or rows padded to a multiple."""
+    spare = config.vocab_size - num_words
+    is_padded = config.vocab_size % _ROW_MULTIPLE == 0 and 0 < spare <= _MAX_SPARE_ROWS
+    return spare == 0 or is_padded
+
+
+def _library_words(path: Path) -> list[str]:
+    """The vocabulary of a `tokenizer.json`, in the order of its ids."""
+    raw = _read_json(path)
+    for part, wanted in _LIBRARY_PARTS.items():
+        if (found := (raw.get(part) or {}).get("type")) != wanted:
+            raise CheckpointError(
+                f"{path}: {part}: wanted {wanted}, got {found}; choose a model that cuts text as "
+                "BERT does"
+            )
+    ids = dict(raw["model"]["vocab"])
+    ids |= {token["content"]: token["id"] for token in raw.get("added_tokens", [])}
+    words = sorted(ids, key=lambda word: ids[word])
+    if [ids[word] for word in words] != list(range(len(words))):
+        raise CheckpointError(f"{path}: the ids of its {len(words)} words have gaps or are double")
+    return words
 
 
 def load_weights(
@@ -223,7 +305,7 @@ def save_model(
         CheckpointError: the vocabulary does not fit the model.
         DataError: the folder can't be written.
     """
-    if len(tokenizer.vocab) != config.vocab_size:
+    if not has_room(config, len(tokenizer.vocab)):
         raise CheckpointError(
             f"a vocabulary of {len(tokenizer.vocab)} words does not fit a model made for "
             f"{config.vocab_size}"
@@ -282,7 +364,7 @@ def write_model_files(
             raise OSError(str(error)) from error
         tokenizer.save(folder, model_max_length=config.max_position_embeddings)
         # safetensors makes a file that its owner alone may read.
-        shutil.copymode(folder / "vocab.txt", folder / WEIGHTS_NAME)
+        shutil.copymode(folder / VOCAB_NAME, folder / WEIGHTS_NAME)
     manifest.write_json(folder / "config.json", raw)
     manifest.write_text(folder / "README.md", card)
 

@@ -4,6 +4,7 @@ The `tokenizers` library is the truth for what a word and its pieces are; only t
 """
 
 import collections
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -28,6 +29,7 @@ from zerobert.manifest import write_json, writing
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTINUATION = "##"
 VOCAB_NAME = "vocab.txt"
+TOKENIZER_NAME = "tokenizer.json"
 
 # Room for [CLS] a [SEP] b [SEP] with one piece in each sentence.
 _MIN_PAIR_LENGTH = 5
@@ -42,6 +44,20 @@ _BLOCK_BYTES = 4 << 20
 _MAX_VOCAB_SIZE = 10_000_000
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextRules:
+    """What happens to a text before it is cut, by the names of `tokenizer_config.json`.
+
+    Attributes:
+        strip_accents: None does as `do_lower_case` says.
+        tokenize_chinese_chars: each Chinese character is a word of its own.
+    """
+
+    do_lower_case: bool = True
+    strip_accents: bool | None = None
+    tokenize_chinese_chars: bool = True
+
+
 class WordPieceTokenizer:
     """A vocabulary and the rules that cut text into its pieces.
 
@@ -50,11 +66,18 @@ class WordPieceTokenizer:
     """
 
     def __init__(
-        self, vocab: Sequence[str], *, do_lower_case: bool, where: str = "vocabulary"
+        self,
+        vocab: Sequence[str],
+        *,
+        do_lower_case: bool,
+        strip_accents: bool | None = None,
+        tokenize_chinese_chars: bool = True,
+        where: str = "vocabulary",
     ) -> None:
         """Take a vocabulary.
 
         Args:
+            do_lower_case, strip_accents, tokenize_chinese_chars: see `TextRules`.
             where: its file, for messages.
 
         Raises:
@@ -62,15 +85,31 @@ class WordPieceTokenizer:
         """
         _check_vocabulary(vocab, where)
         self.vocab = tuple(vocab)
-        self.do_lower_case = do_lower_case
+        self.rules = TextRules(
+            do_lower_case=do_lower_case,
+            strip_accents=strip_accents,
+            tokenize_chinese_chars=tokenize_chinese_chars,
+        )
         self.sha256 = hashlib.sha256(_as_text(vocab).encode()).hexdigest()
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = map(
             self.vocab.index, SPECIAL_TOKENS
         )
-        self._tokenizer = _library_tokenizer(self.vocab, do_lower_case=do_lower_case)
+        self._tokenizer = _library_tokenizer(self.vocab, self.rules)
+
+    @property
+    def do_lower_case(self) -> bool:
+        """Whether case is lost."""
+        return self.rules.do_lower_case
 
     @classmethod
-    def from_file(cls, vocab_file: Path, *, do_lower_case: bool) -> "WordPieceTokenizer":
+    def from_file(
+        cls,
+        vocab_file: Path,
+        *,
+        do_lower_case: bool,
+        strip_accents: bool | None = None,
+        tokenize_chinese_chars: bool = True,
+    ) -> "WordPieceTokenizer":
         """Read a `vocab.txt`: one token a line, its number is its id.
 
         Raises:
@@ -89,7 +128,13 @@ class WordPieceTokenizer:
             ) from error
         # Not splitlines(): a vocabulary may hold U+2028 and its like as tokens.
         tokens = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
-        return cls(tokens, do_lower_case=do_lower_case, where=str(vocab_file))
+        return cls(
+            tokens,
+            do_lower_case=do_lower_case,
+            strip_accents=strip_accents,
+            tokenize_chinese_chars=tokenize_chinese_chars,
+            where=str(vocab_file),
+        )
 
     @property
     def cased_share(self) -> float:
@@ -155,16 +200,14 @@ class WordPieceTokenizer:
         folder = Path(folder)
         config = {
             "tokenizer_class": "BertTokenizer",
-            "do_lower_case": self.do_lower_case,
-            "strip_accents": None,
-            "tokenize_chinese_chars": True,
+            **dataclasses.asdict(self.rules),
             "model_max_length": model_max_length,
             **{f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS},
         }
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / VOCAB_NAME).write_bytes(_as_text(self.vocab).encode())
-        write_json(folder / "tokenizer.json", json.loads(self._tokenizer.to_str()))
+        write_json(folder / TOKENIZER_NAME, json.loads(self._tokenizer.to_str()))
         write_json(folder / "tokenizer_config.json", config)
 
 
@@ -189,14 +232,18 @@ def _as_text(vocab: Iterable[str]) -> str:
     return "".join(f"{token}\n" for token in vocab)
 
 
-def _library_tokenizer(vocab: Sequence[str], *, do_lower_case: bool) -> Tokenizer:
+def _library_tokenizer(vocab: Sequence[str], rules: TextRules) -> Tokenizer:
     """What BertWordPieceTokenizer of the tokenizers library builds, from a vocabulary in memory."""
     ids = {token: index for index, token in enumerate(vocab)}
     tokenizer = Tokenizer(
         models.WordPiece(ids, unk_token=UNK, continuing_subword_prefix=CONTINUATION)
     )
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=do_lower_case)
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=rules.do_lower_case,
+        strip_accents=rules.strip_accents,
+        handle_chinese_chars=rules.tokenize_chinese_chars,
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing((SEP, ids[SEP]), (CLS, ids[CLS]))
     tokenizer.decoder = decoders.WordPiece(prefix=CONTINUATION)

@@ -25,7 +25,7 @@ from zerobert.model import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
 )
-from zerobert.tokenizer import SPECIAL_TOKENS, WordPieceTokenizer
+from zerobert.tokenizer import SPECIAL_TOKENS, TextRules, WordPieceTokenizer
 
 WORDS = "the quick brown fox jump ##s over a lazy dog . , ! ##ed un ##able Dog"
 VOCAB = [*SPECIAL_TOKENS, *WORDS.split(" ")]
@@ -71,7 +71,7 @@ def save(folder: Path, model: nn.Module | None = None, **options: Any) -> Path:
     checkpoint.save_model(
         folder,
         (model or make_model()).state_dict(),
-        CONFIG,
+        options.pop("config", CONFIG),
         options.pop("tokenizer", make_tokenizer()),
         card="# A card\n",
         source={"steps": 3},
@@ -211,7 +211,12 @@ def test_weights_read_back_are_those_written(tmp_path: Path) -> None:
     ours = make_model()
     opened = open_model(str(save(tmp_path / "model", ours)))
     assert opened == ModelFolder(
-        path=tmp_path / "model", config=CONFIG, labels=(), is_regression=False, do_lower_case=True
+        path=tmp_path / "model",
+        config=CONFIG,
+        labels=(),
+        is_regression=False,
+        text_rules=TextRules(),
+        tokenizer_class="BertTokenizer",
     )
     other = BertForPreTraining(CONFIG)
     assert load_weights(other, opened) == []
@@ -232,7 +237,7 @@ def test_a_cased_tokenizer_stays_cased(tmp_path: Path) -> None:
     opened = open_model(
         str(save(tmp_path / "model", tokenizer=make_tokenizer(do_lower_case=False)))
     )
-    assert not opened.do_lower_case
+    assert not opened.text_rules.do_lower_case
     assert load_tokenizer(opened).encode_words(["Dog"]) == [[VOCAB.index("Dog")]]
 
 
@@ -479,6 +484,65 @@ def test_a_vocabulary_of_another_size_is_refused_both_ways(tmp_path: Path) -> No
     (folder / "manifest.json").unlink()
     small.save(folder)
     with pytest.raises(CheckpointError, match=r"vocab.txt has 21 words.*made for 22"):
+        load_tokenizer(open_model(str(folder)))
+
+
+def test_rows_padded_for_tensor_cores_are_no_words(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, vocab_size=24)
+    folder = save(tmp_path / "model", BertForPreTraining(config), config=config)
+    assert len(load_tokenizer(open_model(str(folder))).vocab) == 22
+    assert load_file(folder / "model.safetensors")[
+        "bert.embeddings.word_embeddings.weight"
+    ].shape == (24, 24)
+
+
+SAID = ["The DOG", "狗 the狗", "thé dóg"]
+RULES = [
+    TextRules(),
+    TextRules(do_lower_case=False),
+    TextRules(strip_accents=False),
+    TextRules(do_lower_case=False, strip_accents=True, tokenize_chinese_chars=False),
+]
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("named_class", ["BertTokenizer", "PreTrainedTokenizerFast"])
+def test_a_folder_that_transformers_saved_needs_no_vocab_txt(
+    tmp_path: Path, rules: TextRules, named_class: str
+) -> None:
+    tokenizer = WordPieceTokenizer(VOCAB, **dataclasses.asdict(rules))
+    folder = save(tmp_path / "model", tokenizer=tokenizer)
+    theirs = getattr(transformers, named_class).from_pretrained(folder)
+    for name in ("manifest.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    theirs.save_pretrained(folder)
+    assert not (folder / "vocab.txt").exists()
+    opened = open_model(str(folder))
+    assert opened.text_rules == rules
+    ours = load_tokenizer(opened)
+    assert ours.vocab == tuple(VOCAB)
+    expected = theirs(SAID, add_special_tokens=False)["input_ids"]
+    assert ours.encode_words(SAID) == tokenizer.encode_words(SAID) == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("tokenizer_config.json", {"tokenizer_class": "BertJapaneseTokenizer"}, "wanted a WordP"),
+        ("tokenizer.json", {"model": {"type": "BPE"}}, "model: wanted WordPiece, got BPE"),
+        ("tokenizer.json", {"normalizer": None}, "normalizer: wanted BertNormalizer, got None"),
+        ("tokenizer.json", {"added_tokens": [{"content": "x", "id": 99}]}, "23 words have gaps"),
+    ],
+)
+def test_a_tokenizer_that_cuts_otherwise_is_refused(
+    tmp_path: Path, file: str, change: dict[str, object], message: str
+) -> None:
+    folder = save(tmp_path / "model")
+    for name in ("manifest.json", "vocab.txt"):
+        (folder / name).unlink()
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=message):
         load_tokenizer(open_model(str(folder)))
 
 

@@ -32,10 +32,10 @@ def resolved(folder: Path, raw: dict[str, Any], *flags: str) -> PretrainConfig:
     return resolve(parse_args(["--deepspeed_config", str(path), *flags]))
 
 
-def make_model_folder(folder: Path) -> BertConfig:
+def make_model_folder(folder: Path, *, rows: int = 7) -> BertConfig:
     vocab = [*SPECIAL_TOKENS, "a", "b"]
     config = BertConfig.from_size(
-        {"size": "tiny", "vocab_size": len(vocab), "hidden_dropout_prob": 0.0}, "test"
+        {"size": "tiny", "vocab_size": rows, "hidden_dropout_prob": 0.0}, "test"
     )
     checkpoint.save_model(
         folder,
@@ -265,6 +265,13 @@ def test_a_folder_is_weights_and_architecture(tmp_path: Path, flag: str) -> None
     assert got.model(7) == config
     with pytest.raises(ConfigError, match="made for 7 words, the shards' vocabulary has 8"):
         got.model(8)
+
+
+def test_weights_padded_to_a_multiple_go_on_with_their_rows(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "model", rows=16)
+    raw = {"bert": {"model": {"size": "tiny", "hidden_dropout_prob": 0.2}}}
+    got = resolved(tmp_path, raw, "--init_from", str(tmp_path / "model")).model(7)
+    assert (got.vocab_size, got.hidden_dropout_prob) == (16, 0.2)
 
 
 def test_the_vocabulary_decides_its_size(tmp_path: Path) -> None:
