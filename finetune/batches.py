@@ -123,7 +123,7 @@ def loss_sum(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
     return F.cross_entropy(logits_BC, labels_B, reduction="sum")
 
 
-def plain_forward(model: nn.Module, precision: str, device: torch.device) -> Callable[..., Tensor]:
+def plain_forward(model: nn.Module, precision: str, device: torch.device) -> Callable[..., Any]:
     """A model that is on no engine, in evaluation.
 
     Args:
@@ -132,10 +132,9 @@ def plain_forward(model: nn.Module, precision: str, device: torch.device) -> Cal
     low = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
     model.to(device).eval()
 
-    def forward(**inputs: Tensor) -> Tensor:
+    def forward(**inputs: Tensor) -> Any:
         with torch.autocast(device.type, low, enabled=low is not None):
-            outputs: Tensor = model(**inputs)
-            return outputs
+            return model(**inputs)
 
     return forward
 

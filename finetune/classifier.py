@@ -30,12 +30,14 @@ class Classifier:
     Args:
         labels: in the order of the model's outputs; () means regression.
         score_range: the least and the greatest score, where they are known.
+        num_texts: of a row, where it is known.
     """
 
     model: BertForSequenceClassification
     tokenizer: WordPieceTokenizer
     labels: tuple[str, ...]
     score_range: tuple[float, float] | None
+    num_texts: int | None
     max_seq_length: int
 
 
@@ -49,17 +51,23 @@ def open_classifier(
             fine-tuning's default, or less where the model was made for less.
 
     Raises:
-        CheckpointError: the folder can't be read, or the model has no classifier.
+        CheckpointError: the folder can't be read, or the model has no classifier of one class a
+            row.
         ConfigError: the model was made for shorter texts.
     """
     folder = checkpoint.open_model(name_or_path)
+    if folder.problem_type == "multi_label_classification":
+        raise CheckpointError(
+            f"{folder.path} gives a row any number of labels (problem_type {folder.problem_type}); "
+            "only models of one label a row, or of a score, are asked here"
+        )
     is_regression = folder.is_regression or len(folder.labels) == 1
     labels = () if is_regression else folder.labels or _DEFAULT_LABELS
     model = BertForSequenceClassification(folder.config, len(labels) or 1)
     if checkpoint.load_weights(model, folder):
         raise CheckpointError(
             f"{folder.path} is not fine-tuned: it has no sentence classifier of "
-            f"{len(labels) or 1} outputs; give the output folder of a fine-tuning"
+            f"{len(labels) or 1} outputs; give the output folder of finetune/run_glue.py"
         )
     limit = folder.config.max_position_embeddings
     source = _source(folder.path)
@@ -71,6 +79,7 @@ def open_classifier(
         tokenizer=checkpoint.load_tokenizer(folder),
         labels=labels,
         score_range=next((t.score_range for t in TASKS if t.name == source.get("task")), None),
+        num_texts=len(source.get("text_columns", ())) or None,
         max_seq_length=length,
     )
 
@@ -90,7 +99,16 @@ def answer(
 
     Returns:
         N rows of as many columns as there are classes, of one for a score.
+
+    Raises:
+        ConfigError: the model was fine-tuned on pairs and gets single texts, or the reverse.
     """
+    if classifier.num_texts not in (None, len(rows[0])):
+        forms = {1: "single texts", 2: "pairs of texts"}
+        raise ConfigError(
+            f"the model was fine-tuned on {forms[classifier.num_texts or 1]}, got "
+            f"{forms[len(rows[0])]}; a TAB, or two --text_columns, make a pair"
+        )
     sides = [list(side) for side in zip(*rows, strict=True)]
     examples = Examples(
         source="",

@@ -17,6 +17,7 @@ from zerobert.manifest import sha256_file
 HUB_DATASET = "nyu-mll/glue"
 _MRPC_DEV_IDS = "dev_ids.tsv"
 _MRPC_ID_COLUMNS = ("#1 ID", "#2 ID")
+_MAX_SHOWN_LABELS = 20
 
 Labels = npt.NDArray[np.int64] | npt.NDArray[np.float32]
 
@@ -116,9 +117,10 @@ def load_split(task: Task, split: Split, folder: Path | None) -> Examples:
     examples = _from_hub(task, split) if folder is None else _from_folder(task, split, folder)
     if not len(examples):
         raise DataError(f"{examples.source}: no rows; the file is empty or was cut off")
-    if split.num_rows is not None and len(examples) != split.num_rows:
+    wanted = (split.hub_num_rows if folder is None else None) or split.num_rows
+    if wanted is not None and len(examples) != wanted:
         print_aside(
-            f"warning: {examples.source}: wanted {task.name}'s official {split.num_rows} rows, got "
+            f"warning: {examples.source}: wanted {task.name}'s official {wanted} rows, got "
             f"{len(examples)}; scores can't be compared with published ones"
         )
     return examples
@@ -128,7 +130,8 @@ def _find_file(task: Task, split: Split, folder: Path) -> File:
     file = next((file for file in split.files if (folder / file.name).is_file()), None)
     if file is None:
         wanted = " or ".join(str(folder / file.name) for file in split.files)
-        raise DataError(f"{wanted}: no such file; put {task.name}'s official file there")
+        what = f"put {task.name}'s official file there" if task.folders else "give one that exists"
+        raise DataError(f"{wanted}: no such file; {what}")
     return file
 
 
@@ -205,18 +208,34 @@ def find_labels(path: Path, label_column: str) -> tuple[str, ...]:
     """The distinct labels of a user's own file, sorted; numbers by value.
 
     Raises:
-        DataError: the file can't be read, or all its rows have one label.
+        DataError: the file can't be read, a row has no label, or all have the same.
     """
-    labels = sorted({cells[0] for _, cells in read_rows(path, [label_column])})
+    lines: dict[str, int] = {}
+    for line, cells in read_rows(path, [label_column]):
+        lines.setdefault(cells[0], line)
+    labels = sorted(lines)
+    for label in labels:
+        if not label.strip():
+            raise DataError(
+                f"{path} line {lines[label]}: no label in {label_column!r}; label the row or "
+                "remove it"
+            )
     if len(labels) < 2:
         raise DataError(
             f"{path}: wanted two or more labels in {label_column!r}, "
             f"got {', '.join(map(repr, labels)) or 'no rows'}"
         )
     values = {label: _number(label) for label in labels}
-    if None in values.values():
-        return tuple(labels)
-    return tuple(sorted(labels, key=lambda label: values[label] or 0.0))
+    if None not in values.values():
+        labels.sort(key=lambda label: values[label] or 0.0)
+        if part := next((label for label in labels if (values[label] or 0.0) % 1), None):
+            print_aside(
+                f"warning: {path}: {label_column!r} has numbers such as {part}, each a class of "
+                "its own here; if they are scores, give --regression"
+            )
+    shown = labels if len(labels) <= _MAX_SHOWN_LABELS else [*labels[:_MAX_SHOWN_LABELS], "..."]
+    print(f"{path}: {len(labels)} classes: {', '.join(shown)}")
+    return tuple(labels)
 
 
 def _from_hub(task: Task, split: Split) -> Examples:
@@ -234,7 +253,7 @@ def _from_hub(task: Task, split: Split) -> Examples:
     print_aside(f"no files of {task.name} here: asking the Hugging Face hub for {name}")
     try:
         table = datasets.load_dataset(HUB_DATASET, task.hub_config, split=split.hub)
-    except OSError as error:  # no network and nothing cached: datasets' own errors are OSErrors
+    except (OSError, ValueError) as error:  # no network, and nothing or another task cached
         raise DataError(f"{name} can't be had from the hub ({error}); {where}") from error
     names = getattr(table.features["label"], "names", None)
     if names and tuple(names) != task.label_names:

@@ -20,6 +20,7 @@ from zerobert.signals import StopRequest
 
 RUNS = Path("runs")
 FINETUNED = RUNS / "finetune"
+_OWN_DATA = ("train_file", "dev_file", "text_columns", "label_column")
 
 
 def run(args: argparse.Namespace, stop: StopRequest) -> int:
@@ -34,6 +35,8 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     """
     with config.one_process_speaks(args):
         if plain(args.task_name) == "glue":
+            with distributed.one_voice():
+                _refuse_own_data(args)
             run_all(args, stop)
         else:
             run_one(args, stop)
@@ -43,7 +46,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
 def run_one(args: argparse.Namespace, stop: StopRequest) -> None:
     """Fine-tune on the task that was named."""
     with distributed.one_voice():
-        task = custom_row(args) if plain(args.task_name) == "custom" else find_task(args.task_name)
+        task = named_task(args)
         if args.from_mnli and (args.model_name_or_path or not task.gains_from):
             raise ConfigError(
                 "--from_mnli takes the model fine-tuned on MNLI, for RTE, MRPC or STS-B; leave it "
@@ -178,17 +181,42 @@ def default_model(task: Task, *, from_mnli: bool) -> str:
     return str(folder)
 
 
+def named_task(args: argparse.Namespace) -> Task:
+    """The task of `--task_name`.
+
+    Raises:
+        ConfigError: there is none of that name, or flags that are for another kind.
+    """
+    if plain(args.task_name) == "custom":
+        return custom_row(args)
+    task = find_task(args.task_name)
+    _refuse_own_data(args)
+    return task
+
+
+def _refuse_own_data(args: argparse.Namespace) -> None:
+    names = (*_OWN_DATA, "test_file", "regression")
+    if given := [f"--{name}" for name in names if getattr(args, name)]:
+        raise ConfigError(
+            f"{', '.join(given)}: for one's own data; give --task_name custom, not "
+            f"{args.task_name}, or leave it out"
+        )
+
+
 def custom_row(args: argparse.Namespace) -> Task:
     """The task that the user's own files make.
 
     Raises:
         ConfigError: a flag is missing.
     """
-    needed = ("train_file", "dev_file", "text_columns", "label_column")
-    if missing := [f"--{name}" for name in needed if getattr(args, name) is None]:
+    if missing := [f"--{name}" for name in _OWN_DATA if getattr(args, name) is None]:
         raise ConfigError(f"--task_name custom: also give {', '.join(missing)}")
     if args.do_predict and args.test_file is None:
         raise ConfigError("--do_predict: --task_name custom also needs --test_file")
+    if args.test_file is not None and not args.do_predict:
+        raise ConfigError("--test_file is answered with --do_predict: give both or neither")
+    if args.data_dir is not None:
+        raise ConfigError("--data_dir: --task_name custom names its files by --train_file and kin")
     return custom_task(
         train_file=args.train_file,
         dev_file=args.dev_file,

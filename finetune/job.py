@@ -439,6 +439,8 @@ def _source(job: Job, settings: loop.Settings) -> dict[str, Any]:
     """All that decides what comes out, except the inputs."""
     return {
         "task": job.task.name,
+        "text_columns": job.task.text_columns,
+        "label_column": job.task.label_column,
         "model": str(job.folder.path),
         "random_init": job.random_init,
         "max_seq_length": job.max_seq_length,

@@ -78,11 +78,12 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def read_lines(lines: Iterable[bytes], where: str) -> Iterator[Texts]:
-    """The text of each line, or its two with a TAB between; blank lines are left out.
+def read_lines(lines: Iterable[bytes], where: str, *, skips_blank: bool = True) -> Iterator[Texts]:
+    """The text of each line, or its two with a TAB between.
 
     Args:
         where: what the lines are of, for messages.
+        skips_blank: a line without text is none.
 
     Raises:
         DataError: a line is not UTF-8, has several TABs, or is no pair among pairs.
@@ -93,7 +94,7 @@ def read_lines(lines: Iterable[bytes], where: str) -> Iterator[Texts]:
             text = line.decode().rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise DataError(f"{where} {number}: wanted UTF-8 text: {error.reason}") from error
-        if not text.strip():
+        if skips_blank and not text.strip():
             continue
         texts = tuple(text.split("\t"))
         wanted = wanted or min(len(texts), 2)
@@ -164,7 +165,8 @@ def read_texts(args: argparse.Namespace) -> Iterator[Texts]:
         rows = (texts for _, texts in read_rows(args.input_file, columns))
     elif args.texts:
         where = "the command line"
-        rows = read_lines(map(os.fsencode, args.texts), "text")
+        are_blank = not any(text.strip() for text in args.texts)
+        rows = read_lines(map(os.fsencode, args.texts), "text", skips_blank=are_blank)
     else:
         where = "stdin"
         if sys.stdin.isatty():

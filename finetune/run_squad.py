@@ -19,13 +19,13 @@ if not __package__:
     expect_interrupts()
 
 from finetune.flags import add_training_flags, ranks_asked_for
-from zerobert.errors import ArgumentParser, run_script
+from zerobert.errors import ArgumentParser, run_script, truth
 from zerobert.launcher import start
 from zerobert.signals import StopRequest
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; the flags of google-research/bert and PaddleNLP keep their names."""
+    """The command line; flags that google-research/bert or PaddleNLP have, too, mean the same."""
     parser = ArgumentParser(
         prog="finetune/run_squad.py",
         description=__doc__,
@@ -36,6 +36,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data_dir", type=Path, default=Path("data/squad"), help="default: data/squad")
     add("--train_file", type=Path, help="default: train-v1.1.json there")
     add("--predict_file", type=Path, help="default: dev-v1.1.json there")
+    for name, what in (
+        ("--do_train", "train and answer, as without it"),
+        ("--do_predict", "without --do_train: answer only, with a model of SQuAD's"),
+    ):
+        add(name, type=truth, nargs="?", const=True, default=False, metavar="BOOL", help=what)
     # Source of the defaults: google-research/bert run_squad.py.
     add("--max_seq_length", type=int, help="default: 384, or the model's limit")
     add("--doc_stride", type=int, default=128, help="pieces between windows' starts (default: 128)")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from finetune.batches import Encoded, Indices
+from finetune.tables import is_text
 from finetune.tasks import File, Split
 from zerobert.device import copied_to
 from zerobert.errors import ConfigError, DataError, print_aside
@@ -181,17 +182,9 @@ def _value(record: Any, key: str, kind: type[Value], where: str) -> Value:
     value = record[key]
     if not isinstance(value, kind) or isinstance(value, bool):
         raise DataError(f"{where}: wanted {_KINDS[kind]} in {key!r}, got {value!r:.40}")
-    if isinstance(value, str) and not _is_text(value):
+    if isinstance(value, str) and not is_text(value):
         raise DataError(f"{where}: {key!r} has half of a UTF-16 character; write it in full")
     return value
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can spell what no text can hold
-        return False
-    return True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from zerobert import checkpoint, distributed, manifest
 from zerobert.checkpoint import ModelFolder, newest_model
 from zerobert.device import slow_precision, this_device
 from zerobert.engine import computes_in
-from zerobert.errors import ConfigError
+from zerobert.errors import CheckpointError, ConfigError
 from zerobert.model import BertForQuestionAnswering, num_parameters, span_loss
 from zerobert.page import Table, format_table
 from zerobert.signals import StopRequest
@@ -44,7 +44,7 @@ class Job:
     folder: ModelFolder
     tokenizer: WordPieceTokenizer
     random_init: bool
-    train: Features
+    train: Features | None
     questions: Questions
     dev: Features
     num_best: int
@@ -123,12 +123,13 @@ def prepare(args: argparse.Namespace, model: str) -> Job:
 
     train_path = args.train_file or args.data_dir / squad.TRAIN.files[0].name
     dev_path = args.predict_file or args.data_dir / squad.DEV.files[0].name
-    _, train = read(train_path, for_training=True)
+    is_asked_only = args.do_predict and not args.do_train
+    train = None if is_asked_only else read(train_path, for_training=True)[1]
     questions, dev = read(dev_path, for_training=False)
     return Job(
         folder=folder,
         tokenizer=tokenizer,
-        random_init=args.random_init,
+        random_init=args.random_init and train is not None,
         train=train,
         questions=questions,
         dev=dev,
@@ -151,7 +152,10 @@ def fine_tune(
     start = "random weights" if job.random_init else str(job.folder.path)
     output.announce_replacement(out)
     course.announce("SQuAD", start, out, settings.seed)
-    made = course.run(_course(job, settings), settings, out, stop, resumes=resumes)
+    if job.train:
+        made = course.run(_course(job, job.train, settings), settings, out, stop, resumes=resumes)
+    else:
+        made = _as_it_is(job, settings)
     progress, evaluation = made.progress, made.evaluation
     given = _answers(job, evaluation.logits[0])
     result = {
@@ -191,6 +195,25 @@ def fine_tune(
                 squad_answers.write_predictions(staging / PREDICTIONS_NAME, given)
                 manifest.write_json(staging / output.RESULT_NAME, result)
     return result
+
+
+def _as_it_is(job: Job, settings: Settings) -> course.Outcome:
+    """The model that is only to answer.
+
+    Raises:
+        CheckpointError: it has not learned to.
+    """
+    model = BertForQuestionAnswering(job.folder.config, settings.kernels)
+    with distributed.one_voice():
+        if checkpoint.load_weights(model, job.folder):
+            raise CheckpointError(
+                f"{job.folder.path} is not fine-tuned on SQuAD: it has no head for the answer's "
+                "place; give the output folder of finetune/run_squad.py, or --do_train"
+            )
+    forward = batches.plain_forward(model, computes_in(settings.deepspeed), this_device())
+    evaluation = evaluate(job, forward, 0)
+    progress = course.Progress()
+    return course.Outcome(model=model, forward=forward, progress=progress, evaluation=evaluation)
 
 
 def evaluate(job: Job, forward: Callable[..., tuple[Tensor, Tensor]], step: int) -> Evaluation:
@@ -235,7 +258,7 @@ def _mean_loss(dev: Features, logits_N2S: npt.NDArray[np.float32]) -> float:
     return span_loss(start_NS, end_NS, starts_N, ends_N).item() / len(dev)
 
 
-def _course(job: Job, settings: Settings) -> course.Course:
+def _course(job: Job, train: Features, settings: Settings) -> course.Course:
     def save_step(weights: Weights, evaluation: Evaluation, folder: Path) -> None:
         checkpoint.save_model(
             folder,
@@ -254,7 +277,7 @@ def _course(job: Job, settings: Settings) -> course.Course:
     return course.Course(
         name="SQuAD",
         metric=_METRIC,
-        train=job.train,
+        train=train,
         source=jsonable(_source(job, settings)),
         inputs=job.versions,
         evaluate=lambda forward, step: evaluate(job, forward, step),

@@ -12,6 +12,8 @@ from typing import Any
 
 from zerobert.errors import DataError, print_aside
 
+_MAX_CELL = 2**31 - 1
+
 
 def read_rows(
     path: Path,
@@ -52,8 +54,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     # Only "\n" ends a line: str.splitlines would also cut at characters that sentences contain.
     with open(path, encoding="utf-8-sig", newline="\n") as file:
         for number, line in enumerate(file, start=1):
-            if line := line.rstrip("\r\n"):
-                yield number, line
+            yield number, line.rstrip("\r\n")
 
 
 def _tab_rows(
@@ -65,6 +66,8 @@ def _tab_rows(
     indices = _find_columns(path, header, columns)
     num_broken = 0
     for number, line in lines:
+        if not line and len(header) > 1:
+            continue  # no row; in a table of one column it is one without a text
         cells = line.split("\t")
         if len(cells) == len(header):
             yield number, tuple(cells[index] for index in indices)
@@ -77,6 +80,7 @@ def _tab_rows(
 
 
 def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
+    csv.field_size_limit(_MAX_CELL)  # the library's own would refuse a long text
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         try:
@@ -112,6 +116,8 @@ def _find_columns(path: Path, header: Sequence[str], columns: Sequence[str]) -> 
 
 def _json_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
     for number, line in _lines(path):
+        if not line:
+            continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -124,8 +130,21 @@ def _json_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, tuple[
 def _json_cell(row: dict[str, Any], column: str, path: Path, line: int) -> str:
     value = row.get(column)
     if isinstance(value, str):
+        if not is_text(value):
+            raise DataError(
+                f"{path} line {line}: {column!r} has half of a UTF-16 character; write it in full"
+            )
         return value
     if isinstance(value, bool | int | float):
         return json.dumps(value)
     got = f"{value!r}" if column in row else f"only {', '.join(map(repr, row))}"
     raise DataError(f"{path} line {line}: wanted a string or a number in {column!r}, got {got}")
+
+
+def is_text(value: str) -> bool:
+    """Whether UTF-8 can hold it; JSON can spell halves of characters, which no text has."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

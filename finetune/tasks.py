@@ -38,6 +38,7 @@ class Split:
     Args:
         files: the forms in which it was published; the first that exists is read.
         num_rows: the official count, None where there is none.
+        hub_num_rows: the hub's, where it has another.
         hub: its name on the hub.
         suffix: what its metrics' names end in, where a task has a second dev set.
         submission: the name of a test set's predictions on the GLUE server.
@@ -45,6 +46,7 @@ class Split:
 
     files: tuple[File, ...]
     num_rows: int | None = None
+    hub_num_rows: int | None = None
     hub: str = ""
     suffix: str = ""
     submission: str = ""
@@ -200,7 +202,7 @@ TASKS: tuple[Task, ...] = (
         labels=("0", "1"),
         label_names=("not_duplicate", "duplicate"),
         metrics=("accuracy", "f1"),
-        train=_train(363_849),
+        train=dataclasses.replace(_train(363_849), hub_num_rows=363_846),
         dev=_dev(40_430),
         test=_test(390_965, "QQP"),
         hub_config="qqp",

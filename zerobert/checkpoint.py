@@ -56,6 +56,7 @@ class ModelFolder:
     """A model on disk: its architecture and, if it is a classifier, its labels.
 
     Attributes:
+        problem_type: a classifier's, by Hugging Face's names; empty where none is told.
         text_rules: what happens to a text before it is cut.
         tokenizer_class: of transformers, without its `Fast`; empty where none is named.
     """
@@ -63,9 +64,14 @@ class ModelFolder:
     path: Path
     config: BertConfig
     labels: tuple[str, ...]
-    is_regression: bool
+    problem_type: str
     text_rules: TextRules
     tokenizer_class: str
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether it answers with a number."""
+        return self.problem_type == "regression"
 
     @property
     def has_vocabulary(self) -> bool:
@@ -109,7 +115,7 @@ def open_model(name_or_path: str) -> ModelFolder:
         path=path,
         config=config,
         labels=tuple(labels[key] for key in sorted(labels, key=int)),
-        is_regression=raw.get("problem_type") == "regression",
+        problem_type=str(raw.get("problem_type") or ""),
         text_rules=text_rules,
         tokenizer_class=tokenizer_class,
     )

@@ -214,7 +214,7 @@ def test_weights_read_back_are_those_written(tmp_path: Path) -> None:
         path=tmp_path / "model",
         config=CONFIG,
         labels=(),
-        is_regression=False,
+        problem_type="",
         text_rules=TextRules(),
         tokenizer_class="BertTokenizer",
     )

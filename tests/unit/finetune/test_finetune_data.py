@@ -194,8 +194,19 @@ def test_hub_with_another_label_order_is_refused(monkeypatch) -> None:
         data.load_split(task, task.dev[0], None)
 
 
-def test_no_network_says_what_to_do(monkeypatch) -> None:
-    fake_hub(monkeypatch, ConnectionError("no route"))
+def test_the_hub_s_own_count_is_no_warning(monkeypatch, capsys) -> None:
+    task = find_task("qqp")
+    rows = 363_846
+    columns = {"question1": ["a"] * rows, "question2": ["b"] * rows, "label": [1] * rows}
+    fake_hub(monkeypatch, FakeTable(columns, list(task.label_names)))
+    assert len(data.load_split(task, task.train, None)) == rows
+    assert "warning" not in capsys.readouterr().err
+
+
+# Where another task is in its cache, `datasets` raises the second.
+@pytest.mark.parametrize("kind", [ConnectionError, ValueError])
+def test_no_network_says_what_to_do(monkeypatch, kind: type[Exception]) -> None:
+    fake_hub(monkeypatch, kind("no route"))
     task = find_task("sst2")
     with pytest.raises(
         DataError, match=r"no route\); put the official files into data/glue/SST-2/"
@@ -218,10 +229,44 @@ def test_without_datasets_says_what_to_do(monkeypatch) -> None:
         (["b", "1"], ("1", "b")),
     ],
 )
-def test_own_labels_are_found_and_sorted(tmp_path: Path, labels, found) -> None:
+def test_own_labels_are_found_and_sorted(tmp_path: Path, capsys, labels, found) -> None:
     path = tmp_path / "own.tsv"
     path.write_text("text\tstars\n" + "".join(f"x\t{label}\n" for label in labels))
     assert data.find_labels(path, "stars") == found
+    said = capsys.readouterr()
+    assert said.out == f"{path}: {len(found)} classes: {', '.join(found)}\n"
+    assert not said.err
+
+
+def test_scores_taken_for_classes_are_told(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "own.tsv"
+    path.write_text("text\tstars\n" + "".join(f"x\t{i / 2}\n" for i in range(30)))
+    assert len(data.find_labels(path, "stars")) == 30
+    said = capsys.readouterr()
+    assert "'stars' has numbers such as 0.5, each a class of its own" in said.err
+    assert said.out.endswith("9.0, 9.5, ...\n")
+
+
+@pytest.mark.parametrize("label", ["", " "])
+def test_a_row_without_a_label_is_told_with_its_line(tmp_path: Path, label: str) -> None:
+    path = tmp_path / "own.tsv"
+    path.write_text(f"text\tstars\nx\t1\ny\t{label}\nz\t2\n")
+    with pytest.raises(DataError, match=r"own\.tsv line 3: no label in 'stars'"):
+        data.find_labels(path, "stars")
+
+
+def test_an_own_file_that_is_not_there(tmp_path: Path) -> None:
+    missing = tmp_path / "none.csv"
+    task = custom_task(
+        train_file=missing,
+        dev_file=missing,
+        test_file=None,
+        text_columns=("q",),
+        label_column="y",
+        labels=(),
+    )
+    with pytest.raises(DataError, match=r"none\.csv: no such file; give one that exists"):
+        data.load_split(task, task.train, Path())
 
 
 def test_one_label_is_no_task(tmp_path: Path) -> None:

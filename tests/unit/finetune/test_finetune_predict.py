@@ -31,7 +31,12 @@ TOKENIZER = WordPieceTokenizer([*SPECIAL_TOKENS, *WORDS], do_lower_case=True)
 
 
 def save(
-    folder: Path, labels: tuple[str, ...], *, task: str = "custom", length: int | None = None
+    folder: Path,
+    labels: tuple[str, ...],
+    *,
+    task: str = "custom",
+    columns: tuple[str, ...] = (),
+    length: int | None = None,
 ) -> BertForSequenceClassification:
     """Save a model with these labels, or of a score; it has random weights, which differ widely."""
     torch.manual_seed(0)
@@ -40,6 +45,7 @@ def save(
         with torch.no_grad():  # so that scores lie below, in and above 0 to 5
             model.classifier.weight *= 8
             model.classifier.bias -= 5
+    run = {"task": task, "text_columns": columns}
     save_model(
         folder,
         model.state_dict(),
@@ -48,7 +54,7 @@ def save(
         card="",
         labels=labels,
         is_regression=not labels,
-        source={"run": {"task": task, **({"max_seq_length": length} if length else {})}},
+        source={"run": {**run, **({"max_seq_length": length} if length else {})}},
         inputs={},
     )
     return model
@@ -109,6 +115,35 @@ def test_a_line_for_each_text(place: Path, monkeypatch, capsys) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines == [expected_line("the tea is good"), expected_line("bad soup")]
     assert lines[0].split("\t")[1] != lines[1].split("\t")[1]
+
+
+def test_an_empty_text_on_the_command_line_has_its_answer(place: Path, monkeypatch, capsys) -> None:
+    ask(monkeypatch, "", "bad soup")
+    assert capsys.readouterr().out.splitlines() == [expected_line(""), expected_line("bad soup")]
+
+
+@pytest.mark.parametrize(
+    ("columns", "text", "message"),
+    [
+        (("a",), "good\ttea", "fine-tuned on single texts, got pairs of texts"),
+        (("a", "b"), "good", "fine-tuned on pairs of texts, got single texts; a TAB, or two"),
+    ],
+)
+def test_pairs_and_single_texts_are_not_mixed_up(
+    place: Path, monkeypatch, columns: tuple[str, ...], text: str, message: str
+) -> None:
+    save(Path("m"), ("no", "yes"), columns=columns)
+    with pytest.raises(ConfigError, match=message):
+        ask(monkeypatch, text)
+
+
+def test_a_model_of_any_number_of_labels_is_refused(place: Path, monkeypatch) -> None:
+    Path("m/manifest.json").unlink()
+    config = json.loads(Path("m/config.json").read_text())
+    config["problem_type"] = "multi_label_classification"
+    Path("m/config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="gives a row any number of labels"):
+        ask(monkeypatch, "good")
 
 
 def test_stdin_has_a_text_a_line_and_a_tab_in_a_pair(place: Path, monkeypatch, capsys) -> None:

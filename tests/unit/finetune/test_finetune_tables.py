@@ -34,6 +34,13 @@ def test_tab_without_header_takes_the_given_one(tmp_path) -> None:
     assert cells(path, ["sentence", "label"], header=header) == [("Me go.", "0"), ("I go.", "1")]
 
 
+def test_tab_a_blank_line_is_a_row_where_there_is_one_column_alone(tmp_path) -> None:
+    one = write(tmp_path / "a.tsv", "text\none\n\nthree\n")
+    assert list(read_rows(one, ["text"])) == [(2, ("one",)), (3, ("",)), (4, ("three",))]
+    two = write(tmp_path / "b.tsv", "text\tlabel\none\t1\n\nthree\t0\n\n")
+    assert cells(two, ["text"]) == [("one",), ("three",)]
+
+
 def test_tab_wrong_width_names_file_and_line(tmp_path) -> None:
     path = write(tmp_path / "a.tsv", "a\tb\n1\t2\n3\n")
     with pytest.raises(
@@ -55,6 +62,11 @@ def test_csv_follows_quotes_and_counts_lines(tmp_path) -> None:
         (3, ("1", 'one, "two"\nthree')),
         (5, ("0", "four")),
     ]
+
+
+def test_csv_has_room_for_a_book_in_a_cell(tmp_path) -> None:
+    book = "word " * 100_000
+    assert cells(write(tmp_path / "a.csv", f"t,y\n{book},1\n"), ["t"]) == [(book,)]
 
 
 @pytest.mark.parametrize(
@@ -83,6 +95,7 @@ def test_jsonl_takes_strings_numbers_and_truth(tmp_path) -> None:
         ("[1]", r"line 1: wanted an object \{\.\.\.\}, got '\[1\]'"),
         ('{"t": "x"}', "line 1: wanted a string or a number in 'y', got only 't'"),
         ('{"t": "x", "y": null}', "in 'y', got None"),
+        ('{"t": "x \\ud83d", "y": 1}', "line 1: 't' has half of a UTF-16 character"),
     ],
 )
 def test_jsonl_faults(tmp_path, line: str, message: str) -> None:

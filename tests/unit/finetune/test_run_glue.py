@@ -562,6 +562,9 @@ def test_own_regression(pretrained: Path, monkeypatch) -> None:
     assert result["value"] > 0.9
 
 
+OWN = ("--train_file", "a.csv", "--dev_file", "b.csv", "--text_columns", "t", "--label_column", "y")
+
+
 @pytest.mark.parametrize(
     ("flags", "error", "message"),
     [
@@ -582,6 +585,18 @@ def test_own_regression(pretrained: Path, monkeypatch) -> None:
         (["--task_name", "sst2", "--model_type", "gpt"], ConfigError, "invalid choice: 'gpt'"),
         (["--task_name", "sst2", "--epochs", "3"], ConfigError, "unrecognized arguments: --epochs"),
         ([], ConfigError, "required: --task_name; see finetune/run_glue.py --help"),
+        (
+            ["--task_name", "sst2", "--train_file", "a.csv", "--regression"],
+            ConfigError,
+            "--train_file, --regression: for one's own data; give --task_name custom, not sst2",
+        ),
+        (["--task_name", "glue", "--label_column", "y"], ConfigError, "--label_column: for one's"),
+        (
+            ["--task_name", "custom", *OWN, "--test_file", "c.csv"],
+            ConfigError,
+            "--test_file is answered with --do_predict",
+        ),
+        (["--task_name", "custom", *OWN, "--data_dir", "d"], ConfigError, "custom names its files"),
         (["--task_name", "custom"], ConfigError, "also give --train_file, --dev_file, --text_col"),
         (
             ["--task_name", "sst2", "--output_dir", "runs/tiny/model_7"],

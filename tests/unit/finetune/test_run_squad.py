@@ -12,7 +12,7 @@ from tests.questions import TOKENIZER, VOCAB, example, write
 from zerobert import manifest
 from zerobert.checkpoint import open_model, save_model
 from zerobert.config import BertConfig
-from zerobert.errors import ConfigError, DataError
+from zerobert.errors import CheckpointError, ConfigError, DataError
 from zerobert.model import BertForPreTraining
 
 CONFIG = BertConfig(
@@ -93,6 +93,19 @@ def test_a_run_that_was_ended_goes_on_bit_for_bit(monkeypatch, capsys) -> None:
     assert {**cut, "wall_s": 0} == {**whole, "wall_s": 0}
     weights = [Path(out, "model.safetensors").read_bytes() for out in ("whole", "cut")]
     assert weights[0] == weights[1]
+
+
+def test_a_fine_tuned_model_answers_without_training(monkeypatch, capsys) -> None:
+    made = run(monkeypatch, "--num_train_epochs", "1", "--do_train", "--do_predict")
+    asked = ("--do_predict", "--train_file", "none.json", "--output_dir", "answers")
+    model = ("--model_name_or_path", "runs/finetune/SQuAD")
+    again = run(monkeypatch, *asked, *model)
+    assert (made["steps"], again["steps"]) == (2, 0)
+    assert again["metrics"] == made["metrics"]
+    answers = [Path(out, "predictions.json").read_bytes() for out in (model[1], "answers")]
+    assert answers[0] == answers[1]
+    with pytest.raises(CheckpointError, match="model_7 is not fine-tuned on SQuAD"):
+        run(monkeypatch, *asked)
 
 
 @pytest.mark.parametrize(
