@@ -1,4 +1,4 @@
-"""Everything that only a CUDA GPU can show, in parts of less than nine minutes each.
+"""Everything that only a CUDA GPU can show, in parts of some nine minutes each.
 
     python benchmarks/gpu_all.py --part 1 --output_dir results --hardware h100
 
@@ -21,9 +21,12 @@ this script, and copies of them in the output folder.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -32,6 +35,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PART_S = 530
+GRACE_S = 30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +91,7 @@ def parts(arguments: argparse.Namespace) -> dict[int, list[Command]]:
             python("tests_kernels", 180, *tests, "tests/unit/kernels"),
             python("tests_exactness", 240, *tests, "tests/unit/test_exactness.py"),
             python("tests_states", 150, *tests, "tests/unit/test_training_state.py"),
+            python("tests_device", 60, *tests, "tests/unit/test_device.py"),
         ],
         2: [step(128, "base", 64), step(128, "large", 64)],
         3: [step(512, "base", 16), step(512, "large", 16)],
@@ -137,18 +142,26 @@ def _real_run(arguments: argparse.Namespace) -> Command:
 
 
 def run(command: Command, folder: Path, limit_s: float) -> None:
-    """Run one command, and write how it ended."""
+    """Run one command, and write how it ended; what it started ends with it."""
     started = time.monotonic()
     log = folder / f"{command.name}.log"
     with log.open("w", encoding="utf-8") as file:
         file.write(f"$ {' '.join(command.words)}\n")
         file.flush()
+        process = subprocess.Popen(
+            command.words, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            code: int | str = subprocess.run(
-                command.words, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=limit_s
-            ).returncode
+            code: int | str = process.wait(limit_s)
         except subprocess.TimeoutExpired:
             code = "cut off"
+            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)  # a training saves
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     seconds = time.monotonic() - started
     line = {"command": command.name, "code": code, "seconds": round(seconds, 1)}
     with (folder / "summary.jsonl").open("a", encoding="utf-8") as summary:

@@ -1,6 +1,8 @@
 """What the benchmarks compare is equal, and what they feed is what shards hold."""
 
 import argparse
+import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import engine_overhead, loader, optimizer_step, readme, train_step
+from benchmarks import engine_overhead, gpu_all, loader, optimizer_step, readme, train_step
 from zerobert.config import SIZES, BertConfig
 from zerobert.shards import check_values
 
@@ -17,14 +19,55 @@ CONFIG = BertConfig(**{**SIZES["tiny"], "vocab_size": 2003})
 
 def test_all_models_compute_the_same_before_they_are_timed() -> None:
     arguments = argparse.Namespace(dtype="fp32", device="cpu", seq_length=128, compile=False)
-    train_step.check_equal(CONFIG, arguments)
+    failed: dict[str, str] = {}
+    train_step.check_equal(CONFIG, arguments, failed)
+    assert failed == {}
 
 
-def test_a_model_that_differs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = argparse.Namespace(dtype="fp32", device="cpu", seq_length=128, compile=False)
+def test_a_model_that_differs_or_fails_is_not_timed_but_the_others_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_kernel(*_: object, **__: object) -> None:
+        raise RuntimeError("does not compile\nat line 1")
+
     monkeypatch.setattr(train_step.peers.NvidiaLayer, "forward", lambda self, x, bias: x)
-    with pytest.raises(ValueError, match="NVIDIA: loss"):
-        train_step.check_equal(CONFIG, arguments)
+    monkeypatch.setattr(train_step.layer_norm, "APEX_KERNEL", None)
+    monkeypatch.setattr(train_step, "pack", no_kernel)
+    monkeypatch.setitem(train_step.SIZES, "tiny", dataclasses.asdict(CONFIG))
+    monkeypatch.setattr(train_step, "least_s", lambda work, device: 1.0)
+    sizes = {"size": "tiny", "micro_batch": 2, "accumulation": 1, "seq_length": 128, "fill": 0.9}
+    arguments = argparse.Namespace(
+        dtype="fp32", device="cpu", compile=False, rounds=1, steps=1, **sizes
+    )
+    figures = train_step.run(arguments)
+    assert set(figures["samples_per_s"]) == {
+        "Hugging Face eager",
+        "Hugging Face sdpa",
+        "zerobert, padded",
+    }
+    assert figures["failed"]["zerobert"] == "RuntimeError: does not compile"
+    assert figures["failed"]["NVIDIA"].startswith("ValueError: loss")
+    said = train_step.tell(figures, arguments)
+    assert "zerobert failed: RuntimeError: does not compile." in said
+    assert "| Hugging Face sdpa |" in said
+
+
+def test_a_command_that_is_cut_off_takes_its_children_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_all, "GRACE_S", 1)
+    child = "import time; time.sleep(60)"
+    parent = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        f"print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, flush=True);"
+        "time.sleep(60)"
+    )
+    gpu_all.run(gpu_all.python("it", 60, "-c", parent), tmp_path, 3)
+    line = json.loads((tmp_path / "summary.jsonl").read_text())
+    assert (line["command"], line["code"]) == ("it", "cut off")
+    pid = int((tmp_path / "it.log").read_text().splitlines()[-1])
+    stat = Path(f"/proc/{pid}/stat")
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_each_layer_norm_that_a_gpu_has_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
