@@ -110,6 +110,17 @@ class Outcome:
     evaluation: Evaluation
 
 
+def as_it_is(
+    model: nn.Module,
+    settings: loop.Settings,
+    evaluate: Callable[[Callable[..., Any], int], Evaluation],
+) -> Outcome:
+    """The outcome where nothing is to be trained; collective."""
+    forward = plain_forward(model, computes_in(settings.deepspeed), this_device())
+    evaluation = evaluate(forward, 0)
+    return Outcome(model=model, forward=forward, progress=Progress(), evaluation=evaluation)
+
+
 def run(
     course: Course, settings: loop.Settings, out: Path, stop: StopRequest, *, resumes: bool
 ) -> Outcome:

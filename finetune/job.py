@@ -261,10 +261,7 @@ def _as_it_is(job: Job, settings: loop.Settings) -> course.Outcome:
     """The model of a task that has nothing to train on."""
     model = _new_model(job, settings)
     _load_start(job, model)
-    forward = batches.plain_forward(model, computes_in(settings.deepspeed), this_device())
-    evaluation = evaluate(job, forward, 0)
-    progress = course.Progress()
-    return course.Outcome(model=model, forward=forward, progress=progress, evaluation=evaluation)
+    return course.as_it_is(model, settings, lambda forward, step: evaluate(job, forward, step))
 
 
 def _new_model(job: Job, settings: loop.Settings) -> BertForSequenceClassification:

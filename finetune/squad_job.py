@@ -210,10 +210,7 @@ def _as_it_is(job: Job, settings: Settings) -> course.Outcome:
                 f"{job.folder.path} is not fine-tuned on SQuAD: it has no head for the answer's "
                 "place; give the output folder of finetune/run_squad.py, or --do_train"
             )
-    forward = batches.plain_forward(model, computes_in(settings.deepspeed), this_device())
-    evaluation = evaluate(job, forward, 0)
-    progress = course.Progress()
-    return course.Outcome(model=model, forward=forward, progress=progress, evaluation=evaluation)
+    return course.as_it_is(model, settings, lambda forward, step: evaluate(job, forward, step))
 
 
 def evaluate(job: Job, forward: Callable[..., tuple[Tensor, Tensor]], step: int) -> Evaluation:
