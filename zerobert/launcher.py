@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -35,13 +36,17 @@ from zerobert.signals import RANK_FOLDER, StopRequest, report_exit
 from zerobert.slurm import adopt_slurm
 
 _POLL_S = 0.2
-# Flags of DeepSpeed's launcher for several machines; each takes a value but the last two.
+# Flags of DeepSpeed's launcher for several machines.
+_WITHOUT_VALUE = ("--no_ssh", "--no_ssh_check", "--force_multi", "--bind_cores_to_rank")
 _MACHINES = (
     *("--hostfile", "--include", "--exclude", "--num_nodes", "--num_gpus", "--num_accelerators"),
-    *("--master_addr", "--master_port", "--node_rank", "--launcher", "--launcher_args"),
-    *("--ssh_port", "--slurm_comment", "--venv_script", "--no_ssh", "--no_ssh_check"),
+    *("-H", "-i", "-e", "--master_addr", "--master_port", "--node_rank", "--launcher"),
+    *("--launcher_args", "--ssh_port", "--slurm_comment", "--venv_script", "--bind_core_list"),
+    *_WITHOUT_VALUE,
 )
-_WITHOUT_VALUE = ("--no_ssh", "--no_ssh_check")
+_HOST_LINE = re.compile(r"\s*(#.*|\S+\s+slots=[1-9]\d*\s*(#.*)?)?")
+# The devices that the user chose, for the ranks: DeepSpeed's launcher would count from the first.
+_DEVICES = "ZEROBERT_CUDA_VISIBLE_DEVICES"
 _DEEPSPEED_ENVIRONMENT = ".deepspeed_env"
 
 
@@ -66,6 +71,8 @@ def launch(
         # What it would say of a failing rank, the rank has said.
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical"]
         if num_ranks is not None:
+            if environment.get("CUDA_VISIBLE_DEVICES"):  # an empty one means the CPU
+                environment[_DEVICES] = environment.pop("CUDA_VISIBLE_DEVICES")
             command += ["--num_gpus", str(num_ranks), "--master_port", str(_free_port())]
         command += [*machines, str(script), *argv]
         received: list[signal.Signals] = []
@@ -200,6 +207,27 @@ def split_machines(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, machines
 
 
+def check_hostfile(machines: Sequence[str]) -> None:
+    """Refuse a hostfile that DeepSpeed's launcher would pass over, or stumble on.
+
+    Raises:
+        ConfigError: it is missing, or a line is no `NAME slots=N`.
+    """
+    words = iter(machines)
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in ("--hostfile", "-H"):
+            continue
+        path = Path(value or next(words))
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{name} {path} can't be read: {error}") from error
+        for number, line in enumerate(lines, start=1):
+            if not _HOST_LINE.fullmatch(line):
+                raise ConfigError(f"{path} line {number}: wanted 'NAME slots=N', got {line!r}")
+
+
 def start(
     script: Path, argv: Sequence[str], num_ranks: int | None, work: Callable[[StopRequest], int]
 ) -> int:
@@ -227,6 +255,8 @@ def run_rank(work: Callable[[StopRequest], int]) -> int:
     Args:
         work: gets what a signal is remembered in, and returns the exit code.
     """
+    if chosen := os.environ.pop(_DEVICES, ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = chosen  # LOCAL_RANK counts in it
     stop = StopRequest()
     try:
         code = _joined(work, stop)
@@ -277,6 +307,7 @@ def main() -> int:
     if machines:
         if ranks:
             raise ConfigError(f"--n_gpu is for one machine; with {machines[0]} use --num_gpus")
+        check_hostfile(machines)
         return launch(script, argv, None, machines)
     return launch(script, argv, ranks or default_ranks())
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from zerobert.errors import ConfigError
-from zerobert.launcher import split_machines, split_ranks
+from zerobert.launcher import check_hostfile, split_machines, split_ranks
 
 # As DeepSpeed's: starts the ranks, waits for all, ends with 1 when a rank fails, is deaf itself.
 STUB_RUNNER = """
@@ -175,11 +175,58 @@ def test_who_insists_ends_ranks_that_do_not_listen(tmp_path: Path) -> None:
     assert launch.end() == 128 + signal.SIGKILL
 
 
+def test_the_devices_that_the_user_chose_are_the_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # DeepSpeed's launcher sets CUDA_VISIBLE_DEVICES for its ranks, counting from the first device.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    body = """
+        from zerobert import launcher
+        launcher._joined = lambda work, stop: work(stop)
+        assert "CUDA_VISIBLE_DEVICES" not in os.environ
+        os.environ["CUDA_VISIBLE_DEVICES"] = "0,1"
+        def work(stop):
+            (out / f"{rank}.devices").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+            return 0
+        sys.exit(launcher.run_rank(work))
+    """
+    launch = Launch(tmp_path, body)
+    assert launch.end() == 0
+    assert [path.read_text() for path in launch.out.glob("*.devices")] == ["2,3", "2,3"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "hosts can't be read: .*No such file"),
+        ("a slots=2\nb slots=two\n", r"hosts line 2: wanted 'NAME slots=N', got 'b slots=two'"),
+        ("a\n", "hosts line 1: wanted"),
+        ("a slots=0\n", "hosts line 1: wanted"),
+    ],
+)
+def test_a_hostfile_that_deepspeed_s_launcher_would_pass_over_is_refused(
+    tmp_path: Path, text: str | None, message: str
+) -> None:
+    path = tmp_path / "hosts"
+    if text is not None:
+        path.write_text(text)
+    for flags in (["--hostfile", str(path)], [f"-H={path}"]):
+        with pytest.raises(ConfigError, match=message):
+            check_hostfile(flags)
+
+
+def test_a_hostfile_may_have_comments(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("# two machines\n\nworker-1 slots=8\n10.0.0.2 slots=16 # big\n")
+    check_hostfile(["--no_ssh", "--hostfile", str(tmp_path / "hosts"), "--num_nodes", "2"])
+
+
 def test_flags_of_deepspeed_s_launcher_are_handed_to_it() -> None:
     flags = ["--seed", "1", "--hostfile", "H", "--no_ssh", "--num_nodes=2", "--max_steps", "4"]
     assert split_machines(flags) == (
         ["--seed", "1", "--max_steps", "4"],
         ["--hostfile", "H", "--no_ssh", "--num_nodes=2"],
     )
+    short = ["-H", "H", "-i", "a", "--force_multi", "--bind_cores_to_rank", "--seed", "1"]
+    assert split_machines(short) == (["--seed", "1"], short[:6])
     with pytest.raises(ConfigError, match="--hostfile: wanted a value"):
         split_machines(["--hostfile"])
