@@ -19,6 +19,7 @@ from torch import Tensor
 from pretrain.masking import Masking, mask_afresh
 from pretrain.order import ORDER_VERSION, Piece, Rows, SampleOrder, Window, rows_of_block
 from zerobert.errors import ConfigError, ShardFormatError
+from zerobert.manifest import MANIFEST_NAME, is_complete, sha256_file
 from zerobert.packing import pack
 from zerobert.shards import ShardInfo, check_values, empty_arrays, read_rows
 
@@ -247,8 +248,11 @@ def evaluation_batches(
     vocab_size: int,
     rank: int,
     world_size: int,
-) -> Iterator[dict[str, Tensor]]:
-    """This rank's share of held-out rows, spread evenly over all shards; shares may differ.
+) -> Iterator[tuple[dict[str, Tensor], bool]]:
+    """This rank's share of held-out rows, spread evenly over all shards.
+
+    Every rank gets as many batches: one that has fewer gets its last one again, marked False, which
+    is not to be counted. (Under ZeRO-3 all ranks take part in each forward pass.)
 
     Args:
         num_rows: rows on all ranks together; 0 for all there are.
@@ -267,7 +271,10 @@ def evaluation_batches(
 
     # Batches that follow each other, so that a block is read by one rank, or by two at an edge.
     firsts = range(0, wanted, batch_samples)
-    for first in firsts[rank * len(firsts) // world_size : (rank + 1) * len(firsts) // world_size]:
+    mine = firsts[rank * len(firsts) // world_size : (rank + 1) * len(firsts) // world_size]
+    for number in range(-(-len(firsts) // world_size)):
+        is_own = number < len(mine)
+        first = mine[number] if is_own else (mine or firsts)[-1]
         rows = chosen[first : first + batch_samples]
         parts: list[Arrays] = []
         owners = np.searchsorted(starts, rows, side="right") - 1
@@ -278,14 +285,13 @@ def evaluation_batches(
             for block in np.unique(blocks).tolist():
                 picked = places[blocks == block]
                 parts.append({name: array[picked] for name, array in read(owner, block).items()})
-        yield to_tensors(
-            {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        )
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        yield to_tensors(arrays), is_own
 
 
 def fingerprint(shards: Sequence[ShardInfo]) -> dict[str, Any]:
-    """What a resumed run must find unchanged in its data: the shards' names, rows and shape, and
-    all else that their order depends on.
+    """What a resumed run must find unchanged in its data: the shards' names, rows and shape, what
+    their folders' manifests say of the contents, and all else that their order depends on.
 
     Raises:
         ConfigError: there is no row at all.
@@ -295,11 +301,15 @@ def fingerprint(shards: Sequence[ShardInfo]) -> dict[str, Any]:
     names = "\n".join(
         f"{shard.path.name} {shard.num_rows} {rows_of_block(shard)}" for shard in shards
     )
+    folders = dict.fromkeys(shard.path.parent for shard in shards)
+    manifests = [folder / MANIFEST_NAME for folder in folders if is_complete(folder)]
+    made = "\n".join(sha256_file(path) for path in manifests)  # so the data may be moved
     return {
         "shards": len(shards),
         "rows": sum(shard.num_rows for shard in shards),
         "seq_length": shards[0].seq_length,
         "max_predictions": shards[0].max_predictions,
         "names_sha256": hashlib.sha256(names.encode()).hexdigest(),
+        "manifests_sha256": hashlib.sha256(made.encode()).hexdigest(),
         "order": ORDER_VERSION,
     }

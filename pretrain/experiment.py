@@ -143,7 +143,8 @@ def prepare(args: argparse.Namespace, *, micro_samples: int | None = None) -> Ex
         raise ConfigError(f"--eval_dir {eval_dir}: no HDF5 file with 'test' in its name there")
     _check_same_shape(training, held_out)
     engine.check_device(config.deepspeed)
-    tokenizer, inputs = _vocabulary(config, folders, training)
+    held_out_folders = [Path(eval_dir)] if eval_dir else []
+    tokenizer, inputs = _vocabulary(config, [*folders, *held_out_folders], training)
     model = config.model(len(tokenizer.vocab))
     _check_positions(config, model.max_position_embeddings, training[0].seq_length)
     output_dir = Path(args.output_dir or Path("runs") / config.name)
@@ -335,13 +336,14 @@ def _vocabulary(
 def _check_words(
     source: ModelFolder, known: WordPieceTokenizer, tokenizer: WordPieceTokenizer
 ) -> None:
-    """Another number of words is told by the architecture; here it is other words, or their order.
+    """More words, or fewer, are told by the architecture; here it is other words, or their order.
 
     Raises:
         ConfigError: the model knows other words by the shards' numbers.
     """
-    if len(known.vocab) == len(tokenizer.vocab) and known.sha256 != tokenizer.sha256:
-        number = next(i for i, word in enumerate(known.vocab) if word != tokenizer.vocab[i])
+    pairs = enumerate(zip(known.vocab, tokenizer.vocab, strict=False))
+    number = next((i for i, (word, other) in pairs if word != other), None)
+    if number is not None:
         raise ConfigError(
             f"{source.path} was trained with another vocabulary: its word {number} is "
             f"{known.vocab[number]!r}, the shards' is {tokenizer.vocab[number]!r}; use shards made "
@@ -417,18 +419,33 @@ def _output_folder(run: Experiment, args: argparse.Namespace) -> tuple[Path | No
     is_complete = False
     if distributed.is_main():
         run_state.claim(path)
+        if args.resume == "never":
+            _refuse_to_move_inputs(run)
         if args.resume == "never" and (aside := run_state.set_aside(path)):
             _say(f"the earlier run is kept in {aside}")
             run_state.claim(path)
         found = run_state.find_state(path, args.resume)
         if found is not None:
             run_state.check_resumable(found, run.folder)
-            run_state.supersede(path, found)
             is_complete = _is_complete(run, found)
+        run_state.supersede(path, found)
         if not is_complete:
             manifest.write_json(path / "config.json", run.folder.resolved)
             write_status(path, "running", None)
     return found, is_complete
+
+
+def _refuse_to_move_inputs(run: Experiment) -> None:
+    source = run.config.init_from
+    shards = (*run.training, *run.held_out)
+    used = [*([source.path] if source else []), *(shard.path for shard in shards)]
+    folder = run.folder.path.resolve()
+    for path in used:
+        if folder in path.resolve().parents:
+            raise ConfigError(
+                f"--resume never sets {run.folder.path} aside, and with it {path}, which this run "
+                "needs; choose another --output_dir"
+            )
 
 
 def _is_complete(run: Experiment, found: Path) -> bool:
@@ -569,7 +586,7 @@ def _finish(run: Experiment, code: int, step: int) -> None:
     _say(f"{how}; model: {model if model.is_dir() else 'none yet'}; curves: {page}")
 
 
-def _held_out(run: Experiment, everything: bool) -> Iterator[dict[str, Tensor]]:
+def _held_out(run: Experiment, everything: bool) -> Iterator[tuple[dict[str, Tensor], bool]]:
     return evaluation_batches(
         run.held_out,
         num_rows=0 if everything else run.config.bert.run.eval_rows,

@@ -21,7 +21,7 @@ from pretrain.state import Saver, TrainState
 from zerobert import distributed, signals
 from zerobert.device import copied_to, peak_memory_bytes
 from zerobert.engine import Engine
-from zerobert.errors import TrainingDivergedError
+from zerobert.errors import EXIT_USER, DataError, TrainingDivergedError
 from zerobert.model import PretrainingLosses
 from zerobert.signals import StopRequest
 from zerobert.tracking import Tracker
@@ -70,7 +70,7 @@ class Window:
         self.nsp_loss_sum = self.nsp_loss_sum + losses.nsp_loss_sum.detach()
 
 
-HeldOut = Callable[[bool], Iterable[dict[str, Tensor]]]
+HeldOut = Callable[[bool], Iterable[tuple[dict[str, Tensor], bool]]]
 
 
 def train(
@@ -134,6 +134,7 @@ def train_on(
     """`train`, as long as nothing goes wrong."""
     engine.train()
     exit_code = 0
+    fault: DataError | SystemExit | None = None
     window, spikes = Window(), SpikeGuard(cfg.guard)
     saved_step = state.step
     started_s = time.perf_counter() - state.elapsed_s
@@ -143,18 +144,26 @@ def train_on(
     with contextlib.closing(steps) as batches:  # type: ignore[type-var]
         while state.step < last_step and not exit_code:
             waited_s = time.perf_counter()
-            batch = next(batches)
+            batch: StepBatch | None = None
+            try:
+                batch = next(batches)
+            except DataError as error:
+                fault = error
             window.reader_s += time.perf_counter() - waited_s
 
             shared = share(batch, time.perf_counter() - started_s, stop)
             exit_code = shared.exit_code
+            if batch is None or not shared.is_readable:
+                fault = fault or SystemExit(EXIT_USER)  # the rank that it happened to tells
+                break
             if shared.elapsed_s >= budget_s:
                 state.elapsed_s = shared.elapsed_s
                 break
             # As in DeepSpeed, a step that an overflow left out does not move the schedule.
             window.lr = cfg.rate(state.step - engine.skipped_steps, shared.elapsed_s)
-            train_step(engine, batch, shared, window, cfg.seed)
+            # Before the step: where it goes wrong, its samples are among those to be left out.
             state.advance(samples=engine.global_batch_samples, tokens=shared.num_tokens)
+            train_step(engine, batch, shared, window, cfg.seed)
             state.elapsed_s = time.perf_counter() - started_s
             if profiler is not None:
                 profiler.step()
@@ -172,7 +181,11 @@ def train_on(
                 saved_step = state.step
             is_review = cfg.eval_steps and state.step % cfg.eval_steps == 0
             if held_out and is_review and not is_last and not exit_code:
-                exit_code = evaluate(engine, held_out(False), state.step, tracker, stop)
+                try:
+                    exit_code = evaluate(engine, held_out(False), state.step, tracker, stop)
+                except (DataError, SystemExit) as error:  # the training is sound: it is saved
+                    fault = error
+                    break
             window.started_s += time.perf_counter() - pause_s
     # The time was over between two lines, or a signal came during an evaluation on the way.
     if window.steps:
@@ -180,6 +193,9 @@ def train_on(
     if saved_step != state.step:
         check_finite(engine, window, state.step)
         saver.save(engine, state)
+    if fault is not None:
+        saver.wait()
+        raise fault
     if held_out and not exit_code:
         exit_code = evaluate(engine, held_out(True), state.step, tracker, stop)
     return exit_code
@@ -227,20 +243,27 @@ class Shared:
         num_tokens: its tokens, padding not counted.
         elapsed_s: seconds trained so far, by rank 0's clock: one rate and one end for all.
         exit_code: of a signal that any rank has received; 0 for none.
+        is_readable: every rank has its part of the batch.
     """
 
     num_masked: float
     num_tokens: int
     elapsed_s: float
     exit_code: int
+    is_readable: bool
 
 
-def share(batch: StepBatch, elapsed_s: float, stop: StopRequest) -> Shared:
-    """Add up what the ranks know; collective."""
-    num_masked, num_tokens, agreed_s, *flags = distributed.all_reduce_sum(
+def share(batch: StepBatch | None, elapsed_s: float, stop: StopRequest) -> Shared:
+    """Add up what the ranks know; collective.
+
+    Args:
+        batch: None where this rank's part of it can't be read.
+    """
+    num_masked, num_tokens, num_unreadable, agreed_s, *flags = distributed.all_reduce_sum(
         [
-            batch.num_masked,
-            batch.num_tokens,
+            batch.num_masked if batch else 0,
+            batch.num_tokens if batch else 0,
+            float(batch is None),
             elapsed_s if distributed.is_main() else 0.0,
             *signals.flags(stop),
         ]
@@ -250,6 +273,7 @@ def share(batch: StepBatch, elapsed_s: float, stop: StopRequest) -> Shared:
         num_tokens=int(num_tokens),
         elapsed_s=agreed_s,
         exit_code=signals.agreed_code(flags),
+        is_readable=num_unreadable == 0,
     )
 
 
@@ -364,15 +388,21 @@ def agreed_exit_code(stop: StopRequest) -> int:
 @torch.no_grad()
 def evaluate(
     engine: Engine,
-    batches: Iterable[dict[str, Tensor]],
+    batches: Iterable[tuple[dict[str, Tensor], bool]],
     step: int,
     tracker: Tracker | None,
     stop: StopRequest,
 ) -> int:
     """Log held-out losses and accuracies with exact counts over all ranks; collective.
 
+    Args:
+        batches: as many on every rank, each with whether it counts.
+
     Returns:
         0, or the exit code of a signal; nothing is logged of an evaluation that it cut short.
+
+    Raises:
+        DataError: a held-out row can't be read; SystemExit on the ranks that it did not happen to.
     """
     engine.train(False)
     sums = torch.zeros(7, dtype=torch.float64, device=engine.device)
@@ -382,9 +412,14 @@ def evaluate(
         leave=False,
         disable=not (distributed.is_main() and sys.stderr.isatty()),
     )
-    for batch in bar:
-        if stop.exit_code:
+    remaining = iter(bar)
+    while True:
+        with distributed.one_voice():
+            held_out = next(remaining, None)
+        exit_code = agreed_exit_code(stop)
+        if held_out is None or exit_code:
             break
+        batch, counts = held_out
         inputs = {name: copied_to(engine.device, x) for name, x in batch.items()}
         losses = engine.module(**inputs)
         masked = inputs["masked_lm_positions"].count_nonzero()
@@ -398,9 +433,9 @@ def evaluate(
             losses.nsp_rows,
             num_rows,
         ]
-        sums += torch.stack([part.detach().double() for part in parts])
+        sums += counts * torch.stack([part.detach().double() for part in parts])
+    bar.close()
     engine.train()
-    exit_code = agreed_exit_code(stop)
     *mlm, nsp_loss, nsp_correct, nsp_rows, rows = distributed.all_reduce_sum(sums.tolist())
     mlm_loss, mlm_correct, num_masked = mlm
     if exit_code or tracker is None:

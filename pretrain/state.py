@@ -3,7 +3,9 @@
 A folder is complete or absent; `latest` moves last.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -89,6 +91,10 @@ def _read_skipped(path: Path) -> list[Skipped]:
         raise CheckpointError(f"{path / SKIPPED_NAME} can't be read: {error}") from error
 
 
+def _write_skipped(path: Path, notes: Sequence[Skipped]) -> None:
+    manifest.write_json(path / SKIPPED_NAME, [dataclasses.asdict(note) for note in notes])
+
+
 class Saver:
     """Writes a run's folders in the background: the training goes on when its state is copied.
 
@@ -160,12 +166,8 @@ class Saver:
                     end_sample=wrong.position,
                     reason=reason,
                 )
-                notes = [*_read_skipped(self._run.path), note]
-                manifest.write_json(
-                    self._run.path / SKIPPED_NAME, [dataclasses.asdict(each) for each in notes]
-                )
+                _write_skipped(self._run.path, [*_read_skipped(self._run.path), note])
                 supersede(self._run.path, target)
-                manifest.write_text(self._run.path / LATEST_NAME, target.name + "\n")
         found: Path | None = distributed.broadcast_object(target)
         return found
 
@@ -216,7 +218,7 @@ def _save_model(weights: Mapping[str, Tensor], state: TrainState, run: RunFolder
 
 def _prune(run: RunFolder) -> None:
     for folder in _states(run.path)[run.keep_states :]:
-        if not run.keep_every_steps or saved_step(folder) % run.keep_every_steps:
+        if not run.keep_every_steps or _named_step(folder) % run.keep_every_steps:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -227,7 +229,12 @@ def _states(path: Path) -> list[Path]:
         for folder in path.glob("state_*")
         if re.fullmatch(r"state_\d+", folder.name) and manifest.is_complete(folder)
     ]
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix("state_")), reverse=True)
+    return sorted(found, key=_named_step, reverse=True)
+
+
+def _named_step(folder: Path) -> int:
+    """The step of a state of this run's, which may be damaged inside."""
+    return int(folder.name.removeprefix("state_"))
 
 
 def find_state(path: Path, resume: str) -> Path | None:
@@ -282,11 +289,11 @@ def saved_step(folder: Path) -> int:
 
 def micro_batch_of(path: Path) -> int | None:
     """The micro-batch of the run that lies in a folder; None where none has been saved."""
-    newest = next(iter(_states(path)), None)
-    if newest is None:
-        return None
-    identity = manifest.read_manifest(newest).config["identity"]
-    return int(identity["train_micro_batch_size_per_gpu"])
+    for folder in _states(path):
+        with contextlib.suppress(ManifestError):
+            identity = manifest.read_manifest(folder).config["identity"]
+            return int(identity["train_micro_batch_size_per_gpu"])
+    return None
 
 
 def check_resumable(folder: Path, run: RunFolder) -> None:
@@ -324,12 +331,32 @@ def claim(path: Path) -> None:
     manifest.remove_leftovers(path)  # of a run that was killed
 
 
-def supersede(path: Path, resumed: Path) -> None:
-    """Rename the states beyond the one that a run goes on from: they are not its own."""
+def supersede(path: Path, resumed: Path | None) -> None:
+    """Make the state that a run goes on from its newest: those beyond it are renamed, and what was
+    to be skipped behind them is forgotten.
+
+    Args:
+        resumed: None where the run begins.
+    """
+    step = -1 if resumed is None else saved_step(resumed)
     for folder in _states(path):
-        if saved_step(folder) > saved_step(resumed):
+        if _named_step(folder) > step:
             with manifest.writing(folder):
-                folder.rename(folder.with_name(f"superseded-{folder.name}"))
+                folder.rename(_free_name(path / f"superseded-{folder.name}"))
+    notes = _read_skipped(path)
+    if kept := [note for note in notes if note.to_step <= step]:
+        _write_skipped(path, kept)
+    elif notes:
+        with manifest.writing(path):
+            (path / SKIPPED_NAME).unlink()
+    if newest := next(iter(_states(path)), None):
+        manifest.write_text(path / LATEST_NAME, f"{newest.name}\n")
+
+
+def _free_name(path: Path) -> Path:
+    """The path, or one with a number behind it where that is taken."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], numbered) if not name.exists())
 
 
 def set_aside(path: Path) -> Path | None:
@@ -338,6 +365,7 @@ def set_aside(path: Path) -> Path | None:
     Returns:
         Where it went; None where there was no run.
     """
+    path = path.resolve()  # `.` has no name to add to
     if not _states(path) and not list(path.glob(f"model_*/{manifest.MANIFEST_NAME}")):
         return None
     number = 1

@@ -371,6 +371,44 @@ def test_a_damaged_shard_is_named(data: Path, tmp_path: Path) -> None:
     assert (status["state"], status["exit_code"]) == ("failed", 2)
 
 
+def test_a_damaged_held_out_shard_costs_no_step(data: Path, tmp_path: Path) -> None:
+    for path in data.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (held_out,) = tmp_path.glob("*test*.hdf5")
+    rows = toy.rows(13, 0)
+    rows["input_ids"][3, 3] = 4000
+    write_shard(held_out, rows)
+    done = toy.run(toy.command(tmp_path, tmp_path / "out", ranks=2))
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert held_out.name in line
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 2)
+    assert (tmp_path / "out" / "latest").read_text() == "state_6\n"  # between two saves
+
+
+def test_a_start_over_does_not_move_what_it_reads(data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    done = toy.run(toy.command(data, output, "--max_steps", "2"))
+    assert done.returncode == 0, done.stderr
+    again = toy.run(
+        toy.command(data, output, "--resume", "never", "--init_from", f"{output}/model_2")
+    )
+    assert again.returncode == 2
+    assert f"{output}/model_2, which this run needs" in again.stderr
+    assert (output / "latest").read_text() == "state_2\n"
+    assert not list(tmp_path.glob("*.old-*"))
+
+
+def test_held_out_rows_of_another_vocabulary_are_refused(data: Path, tmp_path: Path) -> None:
+    for path in data.glob("*test*.hdf5"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "vocab.txt").write_text("\n".join([*toy.VOCAB[:9], *toy.VOCAB[:8:-1]]) + "\n")
+    done = toy.run(toy.command(data, tmp_path / "out", "--eval_dir", str(tmp_path)))
+    assert done.returncode == 2
+    assert re.search(r"error: .*vocab\.txt", done.stderr), done.stderr
+
+
 def test_bert_base_starts_and_says_what_makes_shards(tmp_path: Path) -> None:
     config = toy.REPOSITORY / "ds_configs" / "bert_base.json"
     command = ["-m", "deepspeed.launcher.runner", str(toy.RUN), "--deepspeed_config", str(config)]

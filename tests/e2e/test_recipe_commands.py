@@ -227,9 +227,10 @@ SWAPPED = [*VOCAB[:6], VOCAB[7], VOCAB[6], *VOCAB[8:]]
         ({"positions": 128}, "sequences of 512, .* knows positions up to 128; .* from the first"),
         ({"words": [*VOCAB, "more"]}, "was made for 26 words, the shards' vocabulary has 25"),
         ({"words": SWAPPED}, "another vocabulary: its word 6 is 'harbour', the shards' is 'mount"),
+        ({"words": [*SWAPPED, "more"]}, "another vocabulary: its word 6 is 'harbour'"),
         ({"hidden": 64}, r"bert.model asks for hidden_size 32 \(the weights: 64\); .* can't start"),
     ],
-    ids=["positions", "more words", "other words", "size"],
+    ids=["positions", "more words", "other words", "other and more", "size"],
 )
 def test_a_model_that_phase_two_can_t_start_from_is_one_line(
     shards: dict[int, Path], tmp_path: Path, changes: dict[str, Any], words: str

@@ -1,5 +1,6 @@
 """What the loop does around a step: its rate, when it saves and evaluates, and what ends it."""
 
+import itertools
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +15,13 @@ from pretrain.guard import GuardConfig
 from pretrain.loop import LoopConfig
 from pretrain.state import TrainState
 from tests.ranks import run_ranks
-from zerobert.errors import EXIT_TERMINATED, TrainingDivergedError
+from zerobert.errors import (
+    EXIT_TERMINATED,
+    EXIT_USER,
+    DataError,
+    ShardFormatError,
+    TrainingDivergedError,
+)
 
 Run = Callable[..., tuple[int, list[str]]]
 WORKER = Path(__file__).resolve().parents[2] / "workers" / "budget.py"
@@ -41,6 +48,14 @@ class FakeLoader:
             yield StepBatch(micro_batches=(), first_samples=(), num_masked=3, num_tokens=5)
 
 
+class TornLoader(FakeLoader):
+    """A shard can't be read on after some steps."""
+
+    def steps(self, first_sample: int) -> Any:
+        yield from itertools.islice(super().steps(first_sample), 2)
+        raise ShardFormatError("shard_3 can't be read")
+
+
 class Stop:
     """Nobody has asked to end."""
 
@@ -58,12 +73,14 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
         *,
         signal_step: int | None = None,
         evaluation: int | None = None,
+        unreadable: int | None = None,
         exit_code: int = 0,
         state: TrainState | None = None,
         skip: tuple[int, ...] = (),
         rates: list[tuple[int, float]] | None = None,
         losses: Mapping[int, list[float]] = MappingProxyType({}),
         back_to: int | None = None,
+        loader: FakeLoader | None = None,
         **limits: Any,
     ) -> tuple[int, list[str]]:
         did: list[str] = []
@@ -77,7 +94,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
         ) -> None:
             now_s[0] += STEP_S
             window.steps += 1
-            engine.skipped_steps += state.step + 1 in skip
+            engine.skipped_steps += state.step in skip
 
         def share(batch: StepBatch, elapsed_s: float, stop: Any) -> loop.Shared:
             if state.step + 1 == signal_step:
@@ -86,6 +103,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 
         def evaluate(engine: object, batches: object, step: int, *_: object) -> int:
             did.append(f"evaluate {step} {batches}")
+            if step == unreadable:
+                raise ShardFormatError("test_0 can't be read")
             return EXIT_TERMINATED if step == evaluation else 0
 
         def rate(step: int, elapsed_s: float) -> float:
@@ -137,10 +156,15 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
             flops_per_sequence=1.0,
             peak_flops=None,
         )
-        parts: list[Any] = [engine, FakeLoader(), lambda everything: everything]
+        parts: list[Any] = [engine, loader or FakeLoader(), lambda everything: everything]
         rest: list[Any] = [Saver(), None, stop]
-        code = loop.train(*parts, state, config, *rest)
-        monkeypatch.setattr(loop, "share", real_share)
+        try:
+            code = loop.train(*parts, state, config, *rest)
+        except DataError as error:
+            did.append(str(error))
+            code = EXIT_USER
+        finally:
+            monkeypatch.setattr(loop, "share", real_share)
         return code, did
 
     return go
@@ -163,6 +187,18 @@ def test_a_signal_during_an_evaluation_saves_what_was_trained(run: Run) -> None:
     code, did = run(evaluation=3)
     assert code == EXIT_TERMINATED
     assert did == ["evaluate 3 False", "log 3", "check 3", "save 3"]
+
+
+def test_held_out_rows_that_can_t_be_read_cost_no_step(run: Run) -> None:
+    code, did = run(unreadable=3)
+    assert code == EXIT_USER
+    assert did == ["evaluate 3 False", "log 3", "check 3", "save 3", "test_0 can't be read"]
+
+
+def test_rows_that_can_t_be_read_cost_no_step(run: Run) -> None:
+    code, did = run(loader=TornLoader())
+    assert code == EXIT_USER
+    assert did == ["log 2", "check 2", "save 2", "shard_3 can't be read"]
 
 
 def test_a_run_that_ended_in_its_last_evaluation_makes_it_again(run: Run) -> None:

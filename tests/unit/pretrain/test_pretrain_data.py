@@ -23,6 +23,7 @@ from pretrain.data import (
 )
 from pretrain.masking import Masking, unmasked
 from pretrain.order import SampleOrder
+from zerobert import manifest
 from zerobert import shards as shards_module
 from zerobert.errors import ConfigError, ShardFormatError
 from zerobert.shards import DTYPES, ShardInfo, describe_shard, read_shard, write_shard
@@ -356,24 +357,27 @@ def test_dropout_depends_on_seed_and_sample_alone() -> None:
 def test_ranks_evaluate_the_same_rows_together(
     shards: list[ShardInfo], world_size: int, num_rows: int
 ) -> None:
-    def rows(rank: int, world: int) -> list[int]:
+    def batches(rank: int, world: int) -> list[tuple[dict[str, torch.Tensor], bool]]:
         options: dict[str, Any] = {"num_rows": num_rows, "batch_samples": 4, "rank": rank}
-        batches = evaluation_batches(shards, vocab_size=VOCAB_SIZE, world_size=world, **options)
-        return [row for batch in batches for row in row_numbers(batch)]
+        return list(evaluation_batches(shards, vocab_size=VOCAB_SIZE, world_size=world, **options))
 
-    alone = rows(0, 1)
-    shares = [rows(rank, world_size) for rank in range(world_size)]
-    assert sorted(row for share in shares for row in share) == alone
-    sizes = [len(share) for share in shares]
-    assert max(sizes) - min(sizes) <= 4  # one batch
+    def counted(share: list[tuple[dict[str, torch.Tensor], bool]]) -> list[int]:
+        return [row for batch, counts in share if counts for row in row_numbers(batch)]
+
+    alone = counted(batches(0, 1))
+    shares = [batches(rank, world_size) for rank in range(world_size)]
+    assert sorted(row for share in shares for row in counted(share)) == alone
     assert len(set(alone)) == len(alone) == (min(num_rows, TOTAL) or TOTAL)
+    # No rank waits for one that has no more to do, and none does more than one for nothing.
+    assert len({len(share) for share in shares}) == 1
+    assert all(sum(not counts for _, counts in share) <= 1 for share in shares)
 
 
 def test_few_held_out_rows_are_spread_over_all_shards(shards: list[ShardInfo]) -> None:
     batches = evaluation_batches(
         shards, num_rows=10, batch_samples=16, vocab_size=VOCAB_SIZE, rank=0, world_size=1
     )
-    assert [row_numbers(batch) for batch in batches] == [[0, 6, 12, 18, 24, 30, 36, 42, 48, 54]]
+    assert [row_numbers(batch) for batch, _ in batches] == [[0, 6, 12, 18, 24, 30, 36, 42, 48, 54]]
 
 
 def test_a_fingerprint_tells_other_data(shards: list[ShardInfo]) -> None:
@@ -392,3 +396,16 @@ def test_a_fingerprint_tells_other_data(shards: list[ShardInfo]) -> None:
     assert fingerprint([repacked])["names_sha256"] != fingerprint([other])["names_sha256"]
     with pytest.raises(ConfigError, match="no rows"):
         fingerprint([])
+
+
+def test_a_fingerprint_tells_data_that_was_made_anew_under_the_same_names(tmp_path: Path) -> None:
+    def made(folder: Path, seed: int) -> dict[str, Any]:
+        folder.mkdir()
+        shard = make_shard(folder / "a_training_0.hdf5", 5, 0)
+        manifest.write_json(folder / manifest.MANIFEST_NAME, {"seed": seed})
+        return fingerprint([shard])
+
+    first = made(tmp_path / "one", 1)
+    assert made(tmp_path / "moved", 1) == first
+    other = made(tmp_path / "two", 2)
+    assert {name for name in first if first[name] != other[name]} == {"manifests_sha256"}

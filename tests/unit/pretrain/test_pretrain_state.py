@@ -1,5 +1,6 @@
 """Which state a run resumes from, what it keeps, and what happens to an earlier run."""
 
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ CONFIG = BertConfig(
     intermediate_size=4,
     max_position_embeddings=8,
 )
-IDENTITY = {"total_steps": 8, "bert.run.seed": 1}
+IDENTITY = {"total_steps": 8, "bert.run.seed": 1, "train_micro_batch_size_per_gpu": 4}
 
 
 class FakeEngine:
@@ -341,6 +342,15 @@ def test_an_earlier_run_is_set_aside_and_kept_whole(tmp_path: Path) -> None:
     manifest.verify_folder(tmp_path / "run.old-1" / "state_3")
 
 
+def test_a_run_in_the_folder_that_one_stands_in_is_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    save_steps(run, 3)
+    monkeypatch.chdir(run)
+    assert set_aside(Path()) == tmp_path / "run.old-1"
+
+
 def test_where_there_was_no_run_nothing_is_set_aside(tmp_path: Path) -> None:
     assert set_aside(tmp_path / "nowhere") is None
     (tmp_path / "run").mkdir()
@@ -365,3 +375,49 @@ def test_states_beyond_the_resumed_one_are_renamed(tmp_path: Path) -> None:
     names = sorted(path.name for path in tmp_path.glob("*state_*"))
     assert names == ["state_3", "superseded-state_6", "superseded-state_9"]
     assert find_state(tmp_path, "auto") == tmp_path / "state_3"
+    assert (tmp_path / "latest").read_text() == "state_3\n"
+
+
+def test_a_run_that_goes_back_twice_keeps_what_both_left_behind(tmp_path: Path) -> None:
+    for _ in range(2):
+        save_steps(tmp_path, 3, 6)
+        run_state.supersede(tmp_path, tmp_path / "state_3")
+    assert [path.name for path in sorted(tmp_path.glob("*state_*"))] == [
+        *("state_3", "superseded-state_6", "superseded-state_6-2")
+    ]
+
+
+def test_a_newer_state_that_is_damaged_is_out_of_the_way(tmp_path: Path) -> None:
+    save_steps(tmp_path, 3, 6)
+    (tmp_path / "state_6" / "manifest.json").write_text("{")
+    assert run_state.micro_batch_of(tmp_path) == 4
+    run_state.supersede(tmp_path, tmp_path / "state_3")
+    assert [path.name for path in sorted(tmp_path.glob("*state_*"))] == [
+        *("state_3", "superseded-state_6")
+    ]
+    save_steps(tmp_path, 6, 9, keep_states=1)
+    assert [path.name for path in tmp_path.glob("state_*")] == ["state_9"]
+
+
+@pytest.mark.parametrize(("resumed", "position"), [(3, 12), (6, 40), (9, 36)])
+def test_samples_are_skipped_only_on_the_way_that_they_went_wrong_on(
+    tmp_path: Path, resumed: int, position: int
+) -> None:
+    save_steps(tmp_path, 3, 6, 9)
+    assert go_back(tmp_path, 2) == tmp_path / "state_6"
+    save_steps(tmp_path, 9)
+    run_state.supersede(tmp_path, tmp_path / f"state_{resumed}")
+    save_steps(tmp_path, 3, 6)  # once more, where the run came by
+    engine: Any = FakeEngine()
+    assert run_state.restore(engine, tmp_path / f"state_{resumed}").position == position
+    if resumed == 3:
+        assert run_state.restore(engine, tmp_path / "state_6").position == 24
+        assert not (tmp_path / "skipped.json").exists()
+
+
+def test_a_run_that_begins_anew_skips_nothing_of_the_one_before(tmp_path: Path) -> None:
+    save_steps(tmp_path, 3)
+    go_back(tmp_path, 1)
+    shutil.rmtree(tmp_path / "state_3")
+    run_state.supersede(tmp_path, None)
+    assert not (tmp_path / "skipped.json").exists()
