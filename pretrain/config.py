@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from pretrain.guard import GuardConfig
 from zerobert import checkpoint, engine, schedule
-from zerobert.checkpoint import ModelFolder, open_model
+from zerobert.checkpoint import ModelFolder, open_model, version
 from zerobert.config import BertConfig, check_keys, from_dict, load_json
-from zerobert.ds_config import BatchSizes, clipping, flatten, override
+from zerobert.ds_config import BatchSizes, batch_sizes, clipping, flatten, override
 from zerobert.ds_scheduler import DeepSpeedScheduler, scheduler_config
 from zerobert.errors import ConfigError
 from zerobert.kernels import Kernels
@@ -368,15 +368,20 @@ def _named_model(bert: BertSection, name: str | None) -> BertSection:
 
 
 def with_micro_batch(
-    config: PretrainConfig, micro_samples: int, global_samples: int
+    config: PretrainConfig, micro_samples: int | None, world_size: int
 ) -> PretrainConfig:
-    """The same experiment in other micro-batches; accumulation follows."""
-    ds = {
-        **config.deepspeed,
-        "train_batch_size": global_samples,
-        "train_micro_batch_size_per_gpu": micro_samples,
-    }
+    """The same experiment in other micro-batches; accumulation follows.
+
+    Args:
+        micro_samples: None for one micro-step.
+    """
+    ds = {**config.deepspeed}
+    total = ds.get("train_batch_size") or batch_sizes(ds, world_size).global_samples
     ds.pop("gradient_accumulation_steps", None)
+    ds.pop("train_micro_batch_size_per_gpu", None)
+    ds["train_batch_size"] = total
+    if micro_samples is not None:
+        ds["train_micro_batch_size_per_gpu"] = micro_samples
     return dataclasses.replace(config, deepspeed=ds)
 
 
@@ -412,6 +417,7 @@ def resolved_json(config: PretrainConfig, model: BertConfig) -> dict[str, Any]:
 # What a resumed run may change without becoming another run.
 _FREE = (
     "zero_optimization",
+    "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
     "steps_per_print",
     "wall_clock_breakdown",
@@ -428,6 +434,7 @@ _FREE = (
     "bert.run.keep_states",
     "bert.run.keep_every_steps",
     "bert.run.collective_timeout_s",
+    "bert.run.init_from",  # by its weights, wherever they lie
     "bert.guard",
     "bert.run.max_steps",
     "bert.run.max_samples",
@@ -437,7 +444,12 @@ _FREE = (
 
 
 def identity(
-    resolved: Mapping[str, Any], *, steps: int | None, sizes: BatchSizes, data: Mapping[str, Any]
+    resolved: Mapping[str, Any],
+    *,
+    steps: int | None,
+    sizes: BatchSizes,
+    data: Mapping[str, Any],
+    init_from: ModelFolder | None = None,
 ) -> dict[str, Any]:
     """What makes a run this run, as flat `section.key` -> value; a resumed run agrees in all.
 
@@ -450,5 +462,5 @@ def identity(
         "total_steps": None if by_time else steps,
         "max_train_s": resolved["bert"]["run"]["max_train_s"] if by_time else None,
         "train_batch_size": sizes.global_samples,
-        "train_micro_batch_size_per_gpu": sizes.micro_samples,
+        "init_from_sha256": version(init_from.path) if init_from else None,
     }

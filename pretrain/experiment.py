@@ -125,16 +125,16 @@ def prepare(args: argparse.Namespace, *, micro_samples: int | None = None) -> Ex
     """Read the configuration and look at the data; nothing is written.
 
     Args:
-        micro_samples: the micro-batch, whatever the configuration says.
+        micro_samples: the one that `--auto_micro_batch` has found; None while it looks for it.
 
     Raises:
         ZerobertError: what the user can mend, each with a line that says how.
     """
     config = pretrain_config.resolve(args)
-    sizes = batch_sizes(config.deepspeed, distributed.world_size())
-    if micro_samples is not None:
-        config = pretrain_config.with_micro_batch(config, micro_samples, sizes.global_samples)
-        sizes = batch_sizes(config.deepspeed, distributed.world_size())
+    world_size = distributed.world_size()
+    if args.auto_micro_batch:
+        config = pretrain_config.with_micro_batch(config, micro_samples, world_size)
+    sizes = batch_sizes(config.deepspeed, world_size)
     folders = [Path(folder) for folder in config.bert.data.input_dir]
     training = _training_shards(folders, args)
     eval_dir = config.bert.data.eval_dir
@@ -170,8 +170,10 @@ def prepare(args: argparse.Namespace, *, micro_samples: int | None = None) -> Ex
                     "vocab_sha256": tokenizer.sha256,
                     "nsp": nsp,
                 },
+                init_from=config.init_from,
             ),
             inputs=inputs,
+            micro_samples=sizes.micro_samples,
             keep_states=config.bert.run.keep_states,
             keep_every_steps=config.bert.run.keep_every_steps,
         ),

@@ -59,6 +59,7 @@ class RunFolder:
     Attributes:
         identity: what a resumed run must agree in (`pretrain.config.identity`).
         inputs: name -> sha256 of the vocabulary and the data's manifests.
+        micro_samples: the sequences of a micro-batch, which a resumed run may change.
     """
 
     path: Path
@@ -67,6 +68,7 @@ class RunFolder:
     resolved: Mapping[str, Any]
     identity: Mapping[str, Any]
     inputs: Mapping[str, str]
+    micro_samples: int
     keep_states: int
     keep_every_steps: int = 0
 
@@ -183,6 +185,7 @@ class Saver:
             config={
                 "step": state.step,
                 "world_size": distributed.world_size(),
+                "micro_samples": run.micro_samples,
                 "identity": dict(run.identity),
                 "train_state": dataclasses.asdict(state),
             },
@@ -291,8 +294,7 @@ def micro_batch_of(path: Path) -> int | None:
     """The micro-batch of the run that lies in a folder; None where none has been saved."""
     for folder in _states(path):
         with contextlib.suppress(ManifestError):
-            identity = manifest.read_manifest(folder).config["identity"]
-            return int(identity["train_micro_batch_size_per_gpu"])
+            return int(manifest.read_manifest(folder).config["micro_samples"])
     return None
 
 
@@ -304,6 +306,12 @@ def check_resumable(folder: Path, run: RunFolder) -> None:
     """
     saved = manifest.read_manifest(folder).config
     check_same_run(saved["identity"], run.identity, str(folder))
+    if saved["micro_samples"] != run.micro_samples:
+        print(
+            f"warning: the micro-batch was {saved['micro_samples']}, is {run.micro_samples}: the "
+            "samples stay the same, their dropout does not",
+            flush=True,
+        )
 
 
 def restore(engine: Engine, folder: Path) -> TrainState:

@@ -185,7 +185,8 @@ def test_phase_two_goes_on_from_phase_one_on_longer_shards(
     assert [line["train/lr"] for line in lines] == pytest.approx(wanted)
     assert counters_of(second / "state_8")["optimizer_steps"] == 8
 
-    # Started again it goes on from its own state and not from phase 1's weights.
+    # Started again it goes on from its own state and not from phase 1's weights, wherever they are.
+    source = source.rename(tmp_path / "moved")
     flags = ("--input_dir", str(shards[512]), "--output_dir", str(second))
     config = str(tmp_path / "phase2.json")
     again = run(RUN, "--deepspeed_config", config, *flags, "--init_from", str(source))

@@ -79,6 +79,7 @@ def main() -> None:
         resolved={},
         identity={},
         inputs={},
+        micro_samples=1,
         keep_states=2,
     )
     asked: list[tuple[int, float]] = []

@@ -15,6 +15,7 @@ from pretrain.config import (
     resolve,
     resolved_json,
     total_steps,
+    with_micro_batch,
 )
 from pretrain.run import parse_args
 from zerobert import checkpoint
@@ -498,6 +499,26 @@ BASE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
+    ("batch", "world_size", "found", "accumulation"),
+    [
+        ({}, 1, 16, 2),
+        ({}, 16, None, 1),  # fewer for each than the micro-batch that the JSON names
+        ({"gradient_accumulation_steps": 8}, 2, 2, 8),
+        ({"train_batch_size": None, "gradient_accumulation_steps": 4}, 2, 8, 2),
+        ({"train_batch_size": None, "gradient_accumulation_steps": 4}, 2, None, 1),
+    ],
+)
+def test_the_micro_batch_that_is_found_keeps_the_global_batch(
+    tmp_path: Path, batch: dict[str, Any], world_size: int, found: int | None, accumulation: int
+) -> None:
+    raw = {name: value for name, value in {**BASE, **batch}.items() if value is not None}
+    config = with_micro_batch(resolved(tmp_path, raw), found, world_size)
+    got = batch_sizes(config.deepspeed, world_size)
+    assert (got.global_samples, got.accumulation_steps) == (32, accumulation)
+    assert found is None or got.micro_samples == found
+
+
+@pytest.mark.parametrize(
     "flags",
     [
         "--logging_steps 3 --save_steps 4 --eval_steps 5 --eval_rows 6",
@@ -516,6 +537,7 @@ def test_a_resumed_run_may_change_this(tmp_path: Path, flags: str) -> None:
 def test_a_resumed_run_may_change_processes_and_zero_stage(tmp_path: Path) -> None:
     before = identity_of(resolved(tmp_path, BASE))
     other = {**BASE, "zero_optimization": {"stage": 2}, "wall_clock_breakdown": True}
+    other["train_micro_batch_size_per_gpu"] = 8
     check_same_run(before, identity_of(resolved(tmp_path, other), world_size=4), "state_3")
 
 
@@ -525,7 +547,7 @@ def test_a_resumed_run_may_change_processes_and_zero_stage(tmp_path: Path) -> No
         ({}, "--learning_rate 2e-3", "optimizer.params.lr was 0.001, is 0.002"),
         ({}, "--seed 7", "bert.run.seed was 42, is 7"),
         ({}, "--warmup_steps 7", "bert.schedule.warmup_steps was None, is 7"),
-        ({}, "--batch_size 8", "train_batch_size was 32, is 8; train_micro_batch_size_per_gpu"),
+        ({}, "--batch_size 8", "train_batch_size was 32, is 8"),
         ({}, "--precision bf16", "bf16.enabled was None, is True"),
         ({"gradient_clipping": 0.5}, "", "gradient_clipping was 1.0, is 0.5"),
         ({"bert": {"model": {"size": "mini"}}}, "", "bert.model.hidden_size was 128, is 256"),

@@ -26,7 +26,7 @@ CONFIG = BertConfig(
     intermediate_size=4,
     max_position_embeddings=8,
 )
-IDENTITY = {"total_steps": 8, "bert.run.seed": 1, "train_micro_batch_size_per_gpu": 4}
+IDENTITY = {"total_steps": 8, "bert.run.seed": 1}
 
 
 class FakeEngine:
@@ -53,7 +53,12 @@ class FakeEngine:
 
 
 def make_run(
-    path: Path, *, keep_states: int = 2, keep_every_steps: int = 0, **identity: object
+    path: Path,
+    *,
+    keep_states: int = 2,
+    keep_every_steps: int = 0,
+    micro_samples: int = 4,
+    **identity: object,
 ) -> RunFolder:
     return RunFolder(
         path=path,
@@ -62,6 +67,7 @@ def make_run(
         resolved={"bf16": {"enabled": True}},
         identity={**IDENTITY, **identity},
         inputs={"vocab.txt": "ab"},
+        micro_samples=micro_samples,
         keep_states=keep_states,
         keep_every_steps=keep_every_steps,
     )
@@ -111,6 +117,7 @@ def test_a_save_makes_a_model_a_state_and_points_to_it(tmp_path: Path) -> None:
         {
             "step": 3,
             "world_size": 1,
+            "micro_samples": 4,
             "identity": IDENTITY,
             "train_state": {
                 "step": 3,
@@ -142,6 +149,16 @@ def test_other_settings_are_not_resumed(tmp_path: Path) -> None:
     other = make_run(tmp_path, **{"bert.run.seed": 2})
     with pytest.raises(ConfigError, match=r"bert\.run\.seed was 1, is 2"):
         run_state.check_resumable(tmp_path / "state_3", other)
+
+
+def test_another_micro_batch_goes_on_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_steps(tmp_path, 3)
+    run_state.check_resumable(tmp_path / "state_3", make_run(tmp_path))
+    assert not capsys.readouterr().out
+    run_state.check_resumable(tmp_path / "state_3", make_run(tmp_path, micro_samples=2))
+    assert "warning: the micro-batch was 4, is 2" in capsys.readouterr().out
 
 
 def test_the_model_has_the_weights_of_the_state(tmp_path: Path) -> None:
