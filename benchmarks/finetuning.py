@@ -307,8 +307,8 @@ def time_both(
 
 def score_both(
     prepared: job.Job, arguments: argparse.Namespace, split: Encoded, seeds: Sequence[int]
-) -> dict[str, list[dict[str, float]]]:
-    """The dev set's metrics of each, by seed; with the seconds of training."""
+) -> Iterator[dict[str, list[dict[str, float]]]]:
+    """The dev set's metrics of each, by seed, with the seconds of training; after every seed."""
     task, dev = prepared.task, prepared.dev[0]
     assert dev.labels is not None
     found: dict[str, list[dict[str, float]]] = {"zerobert": [], "Trainer": []}
@@ -320,7 +320,7 @@ def score_both(
             scores = {**metrics.score(task, dev.labels, given), "seconds": seconds}
             found[name].append(scores)
             print(f"seed {seed}: {name}: {scores}", file=sys.stderr)
-    return found
+        yield found
 
 
 def tell_rates(rates: dict[str, list[float]], arguments: argparse.Namespace, count: int) -> str:
@@ -347,9 +347,10 @@ def tell_scores(
             values = [100 * one[metric] for one in each]
             shown = ", ".join(f"{value:.2f}" for value in values)
             rows.append((name, metric, f"{statistics.median(values):.2f}", shown, rate))
-    title = f"## Score: {count:,} sentences, {arguments.num_train_epochs:g} epochs, seeds "
+    seeds = ", ".join(arguments.seeds.split(",")[: len(scores["zerobert"])])
+    title = f"## Score: {count:,} sentences, {arguments.num_train_epochs:g} epochs, seeds {seeds}"
     header = ("", "metric", "median", "each seed", "sentences/s")
-    return title + arguments.seeds + "\n\n" + measure.table(header, rows)
+    return f"{title}\n\n" + measure.table(header, rows)
 
 
 def default_model() -> str:
@@ -415,9 +416,20 @@ def main(words: Sequence[str] | None = None) -> None:
     if arguments.seeds:
         split = some(prepared.train, arguments.train_sentences, 1)
         seeds = [int(word) for word in arguments.seeds.split(",")]
-        figures["scores"] = score_both(prepared, arguments, split, seeds)
-        sections.append(tell_scores(figures["scores"], task, arguments, len(split)))
+        before = list(sections)
+        for scores in score_both(prepared, arguments, split, seeds):
+            figures["scores"] = scores
+            sections = [*before, tell_scores(scores, task, arguments, len(split))]
+            write(arguments, task, sections, figures)  # after each seed: one takes minutes
     print("\n\n".join(sections))
+    write(arguments, task, sections, figures)
+    leave_distributed()
+
+
+def write(
+    arguments: argparse.Namespace, task: Task, sections: Sequence[str], figures: dict[str, Any]
+) -> None:
+    """The report, where there is a name for it."""
     if arguments.hardware:
         flags = f"--task {arguments.task} --data_dir data/glue"
         flags += f" --learning_rate {arguments.learning_rate:g}"
@@ -435,8 +447,7 @@ def main(words: Sequence[str] | None = None) -> None:
             figures=figures,
             slug=arguments.hardware,
         )
-        print(f"-> {path}")
-    leave_distributed()
+        print(f"-> {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

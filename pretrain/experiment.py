@@ -385,6 +385,7 @@ def train(run: Experiment, args: argparse.Namespace, stop: StopRequest) -> int:
                 run.folder.path,
                 "preempted" if isinstance(error, KeyboardInterrupt) else "failed",
                 exit_code(error),
+                total_steps=run.steps,
                 error=text or type(error).__name__,
             )
         raise
@@ -433,7 +434,7 @@ def _output_folder(run: Experiment, args: argparse.Namespace) -> tuple[Path | No
         run_state.supersede(path, found)
         if not is_complete:
             manifest.write_json(path / "config.json", run.folder.resolved)
-            write_status(path, "running", None)
+            write_status(path, "running", None, total_steps=run.steps)
     return found, is_complete
 
 
@@ -570,7 +571,11 @@ def _loop(
         )
     _finish(run, code, state.step)
     if distributed.is_main():
-        outcome = {"step": state.step, "elapsed_s": state.elapsed_s}
+        outcome = {
+            "step": state.step,
+            "total_steps": run.steps,
+            "elapsed_s": state.elapsed_s,
+        }
         write_status(run.folder.path, "preempted" if code else "done", code, **outcome)
     return code
 

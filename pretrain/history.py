@@ -88,6 +88,7 @@ class Run:
         kept: what the run stands on.
         given_up: the ends that rollbacks cut off.
         state: of `status.json`, with the reason where it has one.
+        total_steps: what the run is to come to; None where time alone ends it.
         written_at: when the last line came, `2026-01-31 23:59 UTC`; empty before the first one.
     """
 
@@ -97,6 +98,7 @@ class Run:
     given_up: Sequence[Branch]
     events: Sequence[Event]
     state: str
+    total_steps: int | None
     written_at: str
 
 
@@ -124,6 +126,7 @@ def read_run(folder: Path, name: str) -> Run:
         given_up=[Branch(lines=end) for end in given_up],
         events=events,
         state=f"{state}: {status['error']}" if status.get("error") else state,
+        total_steps=status.get("total_steps"),
         written_at=_time_of(metrics) if lines else "",
     )
 

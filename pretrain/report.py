@@ -231,12 +231,11 @@ def _summary_row(run: Run) -> list[str]:
         return form(statistics.median(values)) if values else "-"
 
     steps = last("step", "{:,.0f}".format)
-    limit = run.config.get("bert.run.max_steps", "null")
     return [
         run.name,
         run.state,
         run.written_at or "-",
-        f"{steps} of {int(limit):,}" if limit.isdecimal() else steps,
+        f"{steps} of {run.total_steps:,}" if run.total_steps else steps,
         *(last(key, form) for key, form in _SUMMARY.values()),
         usual("perf/samples_per_s", "{:,.1f}".format),
         usual("perf/mfu", "{:.1%}".format),

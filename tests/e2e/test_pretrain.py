@@ -38,7 +38,7 @@ def test_a_run_leaves_what_the_interface_promises(unbroken: Path) -> None:
     assert not [name for name in names if name.startswith(".")]
     assert (unbroken / "latest").read_text() == "state_12\n"
     status = json.loads((unbroken / "status.json").read_text())
-    assert (status["state"], status["exit_code"]) == ("done", 0)
+    assert (status["state"], status["exit_code"], status["total_steps"]) == ("done", 0, 12)
     log = (unbroken / "stdout.txt").read_text()
     assert "untested" not in log  # DeepSpeed's doubt of any LAMB under ZeRO
     assert "WARNING" not in log

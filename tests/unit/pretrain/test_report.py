@@ -4,6 +4,8 @@ import contextlib
 import json
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -30,9 +32,10 @@ def make_run(folder: Path, loss: float) -> Path:
         {"step": 20, "eval/mlm_loss": loss + 1, "eval/mlm_accuracy": 0.25, "eval/rows": 1000},
     ]
     add_lines(folder, *lines)
-    config = {"train_batch_size": 64, "bert": {"run": {"max_steps": 20}}}
+    config = {"train_batch_size": 64, "bert": {"run": {"max_steps": 1_000_000}}}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "status.json").write_text('{"state": "done", "exit_code": 0}')
+    status = {"state": "done", "exit_code": 0, "total_steps": 20}
+    (folder / "status.json").write_text(json.dumps(status))
     return folder
 
 
@@ -86,7 +89,7 @@ def test_one_run(tmp_path: Path) -> None:
     ]
     assert rows(page, "Resolved config")[1:] == [
         ["train_batch_size", "64"],
-        ["bert.run.max_steps", "20"],
+        ["bert.run.max_steps", "1000000"],
     ]
     training, held_out = curves(page)["Masked-LM loss"]
     assert (training["name"], training["color"], training["ys"]) == ("training", 0, [9, 7.5])
@@ -116,7 +119,7 @@ def test_several_runs_share_their_charts(tmp_path: Path) -> None:
     assert rows(page, "Resolved config") == [
         ["setting", "a", "b"],
         ["train_batch_size", "64", "128"],
-        ["bert.run.max_steps", "20", "-"],
+        ["bert.run.max_steps", "1000000", "-"],
     ]
 
 
@@ -267,6 +270,23 @@ def test_a_run_that_can_not_be_read_for_a_while_is_told() -> None:
 
     with served(page) as url:
         assert ask(url) == (503, "metrics.jsonl:3: delete the line")
+
+
+def test_a_browser_that_goes_away_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    gone = threading.Event()
+
+    def page() -> str:
+        gone.wait(30)
+        return "x" * 2**24  # more than the system takes off the server's hands
+
+    with served(page) as url:
+        port = int(url.rstrip("/").rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        gone.set()
+        assert ask(url)[0] == 200
+    assert capsys.readouterr().err == ""
 
 
 def test_a_port_that_is_taken_is_one_clear_error() -> None:
