@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pretrain.guard import GuardConfig
-from zerobert import checkpoint, engine, schedule
+from zerobert import checkpoint, engine, manifest, schedule
 from zerobert.checkpoint import ModelFolder, open_model, version
 from zerobert.config import BertConfig, check_keys, from_dict, load_json
 from zerobert.ds_config import BatchSizes, batch_sizes, clipping, flatten, override
@@ -83,7 +83,8 @@ class RunConfig:
         max_steps, max_samples, num_train_epochs: the earliest of those given ends the run.
         max_train_s: seconds of training, saves and evaluations on the way included, after which the
             run ends too; a resumed run goes on counting.
-        init_from: a model folder, or the hub's name of one, whose weights the run starts from.
+        init_from: a model folder, or the hub's name of one, whose weights the run starts from; or
+            the folder of a training state, whose moments it takes too.
         eval_steps: 0 evaluates at the end only.
         eval_rows: held-out rows of an evaluation on the way, 0 for all; the last one uses all.
         keep_states: training states that are kept, counted from the newest; models are all kept.
@@ -153,6 +154,7 @@ class PretrainConfig:
         deepspeed: DeepSpeed's own keys.
         scheduler: what DeepSpeed's `"scheduler"` section asks for; None for `bert.schedule`.
         init_from: the folder whose weights the run starts from; None for random weights.
+        init_state: the training state whose moments it starts from; None for moments of zero.
     """
 
     name: str
@@ -161,6 +163,7 @@ class PretrainConfig:
     optimizer: OptimizerConfig
     scheduler: DeepSpeedScheduler | None
     init_from: ModelFolder | None
+    init_state: Path | None
 
     @property
     def goes_by_time(self) -> bool:
@@ -263,7 +266,8 @@ def resolve(args: argparse.Namespace) -> PretrainConfig:
     if "scheduler" in ds:
         scheduler = scheduler_config(ds["scheduler"], f"{path}: scheduler")
         _check_one_schedule(scheduler, section, args)
-    source = bert.run.init_from
+    init_state = _training_state(bert.run.init_from)
+    source = _model_beside(init_state) if init_state else bert.run.init_from
     config = PretrainConfig(
         name=path.stem,
         deepspeed=ds,
@@ -271,9 +275,25 @@ def resolve(args: argparse.Namespace) -> PretrainConfig:
         optimizer=optimizer,
         scheduler=scheduler,
         init_from=open_model(source) if source is not None else None,
+        init_state=init_state,
     )
     _check_length(config)
     return config
+
+
+def _training_state(source: str | None) -> Path | None:
+    """The folder of a training state, where `--init_from` names one."""
+    folder = Path(source or "")
+    is_state = manifest.is_complete(folder) and manifest.read_manifest(folder).kind == "state"
+    return folder if is_state else None
+
+
+def _model_beside(state: Path) -> str:
+    """The model that was saved with a training state."""
+    model = state.with_name(f"model_{manifest.read_manifest(state).config['step']}")
+    if not model.is_dir():
+        raise ConfigError(f"--init_from {state}: the model of that step, {model}, is missing")
+    return str(model)
 
 
 def _check_one_schedule(

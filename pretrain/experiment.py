@@ -31,6 +31,7 @@ from zerobert.shards import ShardInfo, find_shards, shard_lower_case, shard_voca
 from zerobert.signals import StopRequest
 from zerobert.tokenizer import WordPieceTokenizer
 from zerobert.tracking import code_version, open_tracker, read_status, write_status
+from zerobert.training_state import StateReader
 
 _WEIGHT_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MASKED_LM_PROB = 0.15  # Devlin et al. 2018, BERT
@@ -409,6 +410,12 @@ def _train(
         with distributed.one_voice():
             state = run_state.restore(training, resume_from)
         _say(f"resumed from {resume_from} at step {state.step} of {run.length}")
+    elif config.init_state is not None:
+        with distributed.one_voice():
+            if distributed.is_main():
+                manifest.verify_folder(config.init_state)
+            training.restore_moments(StateReader(config.init_state))
+        _say(f"moments of {config.init_state}")
     with _tracker(run, state) as tracker:
         code = _loop(run, training, state, tracker, stop, args)
     training.close()

@@ -49,7 +49,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="what the learning rate follows: steps (default), or the time of --max_train_s",
     )
     add("--resume", default="auto", metavar="auto|never|DIR", help="default: auto")
-    add("--init_from", metavar="MODEL", help="start from a model folder's weights")
+    add(
+        "--init_from",
+        metavar="MODEL",
+        help="start from a model folder's weights; from a state's moments too",
+    )
     add("--seed", type=int, metavar="N")
     add("--precision", choices=("fp32", "bf16", "fp16"), help="replaces the JSON's sections")
     add("--tracker", action="append", choices=("none", "wandb"), help="repeatable (default: none)")

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -20,7 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from zerobert import distributed, zero
-from zerobert.errors import ConfigError, ConnectionLostError, TrainingDivergedError
+from zerobert.errors import (
+    CheckpointError,
+    ConfigError,
+    ConnectionLostError,
+    TrainingDivergedError,
+)
 from zerobert.optim import Lamb
 from zerobert.training_state import MOMENTS, WEIGHTS, Piece, Snapshot, StateReader
 
@@ -559,15 +564,10 @@ class Engine:
         Raises:
             CheckpointError: it is of another model.
         """
-        source.check_shapes(self._shapes)
         counters = source.counters
-        for shard in self._shards():
-            for kind in source.kinds:
-                for name, place, part in shard.parts(self._kept(shard.tensor, kind)):
-                    part.copy_(source.read(kind, name, place.offset, place.length))
-            if counters["optimizer_steps"]:
-                self._set_steps(shard.tensor, counters["optimizer_steps"])
-            else:
+        self._copy(source, source.kinds, counters["optimizer_steps"])
+        if not counters["optimizer_steps"]:
+            for shard in self._shards():
                 self._optimizer.state.pop(shard.tensor, None)
         self._round_weights()
         engine: Any = self._engine
@@ -578,6 +578,25 @@ class Engine:
         for name, value in counters["loss_scale"].items():
             if hasattr(self._loss_scaler, name):
                 setattr(self._loss_scaler, name, value)
+
+    def restore_moments(self, source: StateReader) -> None:
+        """Begin with the moments of a snapshot, as if the optimizer had taken no step; collective.
+
+        Raises:
+            CheckpointError: it is of another model, or was saved before the first step.
+        """
+        if not set(MOMENTS) <= set(source.kinds):
+            raise CheckpointError(f"{source.folder} has no moments: it was saved before a step")
+        self._copy(source, MOMENTS, steps=0)
+
+    @torch.no_grad()
+    def _copy(self, source: StateReader, kinds: Sequence[str], steps: int) -> None:
+        source.check_shapes(self._shapes)
+        for shard in self._shards():
+            for kind in kinds:
+                for name, place, part in shard.parts(self._kept(shard.tensor, kind)):
+                    part.copy_(source.read(kind, name, place.offset, place.length))
+            self._set_steps(shard.tensor, steps)
 
     @property
     def _loss_scaler(self) -> Any:

@@ -173,7 +173,7 @@ class StateReader:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._files: dict[str, Any] = {}
         try:
             index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
@@ -199,7 +199,7 @@ class StateReader:
         ):
             there, here = (shapes.get(strange[0], "missing") for shapes in (saved, wanted))
             raise CheckpointError(
-                f"{self._folder} is of another model: {strange[0]} is {there} there, {here} here"
+                f"{self.folder} is of another model: {strange[0]} is {there} there, {here} here"
             )
 
     def read(self, kind: str, name: str, offset: int, length: int) -> Tensor:
@@ -222,5 +222,5 @@ class StateReader:
     def _open(self, file: str) -> Any:
         """Open for as long as this reader: open files hold the space of states that are gone."""
         if file not in self._files:
-            self._files[file] = safe_open(self._folder / file, "pt")
+            self._files[file] = safe_open(self.folder / file, "pt")
         return self._files[file]

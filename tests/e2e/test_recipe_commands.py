@@ -185,10 +185,22 @@ def test_phase_two_goes_on_from_phase_one_on_longer_shards(
     assert [line["train/lr"] for line in lines] == pytest.approx(wanted)
     assert counters_of(second / "state_8")["optimizer_steps"] == 8
 
+    # From a state the moments come along, as in NVIDIA's recipe, and tell from the first update on.
+    third, state = tmp_path / "third", first / "state_6"
+    flags = ("--input_dir", str(shards[512]), "--output_dir", str(third))
+    config = str(tmp_path / "phase2.json")
+    done = run(RUN, "--deepspeed_config", config, *flags, "--init_from", str(state))
+    assert f"moments of {state}" in done.stdout
+    (before, *after), (plain_before, *plain_after) = (
+        [line["train/loss"] for line in lines_of(output)] for output in (third, second)
+    )
+    assert before == plain_before
+    assert all(one != other for one, other in zip(after, plain_after, strict=True))
+    assert counters_of(third / "state_8")["optimizer_steps"] == 8
+
     # Started again it goes on from its own state and not from phase 1's weights, wherever they are.
     source = source.rename(tmp_path / "moved")
     flags = ("--input_dir", str(shards[512]), "--output_dir", str(second))
-    config = str(tmp_path / "phase2.json")
     again = run(RUN, "--deepspeed_config", config, *flags, "--init_from", str(source))
     assert "complete" in again.stdout
     assert lines_of(second) == lines

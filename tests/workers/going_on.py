@@ -68,6 +68,7 @@ def go_on(case: Case, folder: Path, *, is_same: bool) -> None:
     """From a state that was saved, perhaps under another stage on other ranks."""
     facts: dict[str, Any] = torch.load(folder.with_suffix(".pt"), weights_only=True)
     engine, _ = start(case)
+    begin_with_moments(engine, folder, facts["before"])
     train(engine, case, 0, 1)  # to be undone, as when a run goes back to an earlier state
     engine.restore(StateReader(folder))
     for kind in KINDS:
@@ -85,6 +86,16 @@ def go_on(case: Case, folder: Path, *, is_same: bool) -> None:
         assert counters == facts["counters"], case["name"]
     check_alike(whole_weights(engine), facts["after"], case, is_same=is_same)
     engine.close()
+
+
+def begin_with_moments(engine: Engine, folder: Path, wanted: dict[str, dict[str, Tensor]]) -> None:
+    """As a second phase does, with weights and a count of steps of its own."""
+    weights = whole(engine, WEIGHTS)
+    engine.restore_moments(StateReader(folder))
+    assert all(torch.equal(x, weights[name]) for name, x in whole(engine, WEIGHTS).items())
+    for kind in MOMENTS:
+        assert all(torch.equal(x, wanted[kind][name]) for name, x in whole(engine, kind).items())
+    assert engine.snapshot().counters["optimizer_steps"] == 0
 
 
 def collapse(case: Case) -> None:
