@@ -64,7 +64,7 @@ def parts(arguments: argparse.Namespace) -> dict[int, list[Command]]:
     quick = ("--quick",) if arguments.quick else ()
     common = (*device, *hardware, *quick)
     is_cpu = arguments.device == "cpu"
-    low = "fp32" if is_cpu else "bf16"
+    low = arguments.precision or ("fp32" if is_cpu else "bf16")
     compiled = () if is_cpu else ("--compile",)
     tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "-rs")
 
@@ -84,7 +84,7 @@ def parts(arguments: argparse.Namespace) -> dict[int, list[Command]]:
         flags = ("--size", "base", "--precision", *precisions, *words, *common)
         return script("end_to_end", limit_s, "end_to_end.py", *flags)
 
-    precisions = ("fp32",) if is_cpu else ("bf16", "fp16")
+    precisions = (low,) if is_cpu else (low, "fp16")
     return {
         1: [
             python("doctor", 60, "zerobert/doctor.py"),
@@ -113,7 +113,14 @@ def parts(arguments: argparse.Namespace) -> dict[int, list[Command]]:
                 *("--batch", "512", "--micro_batch", "64", "--steps", "40"),
             ),
         ],
-        6: [script("profile_step", 300, "profile_step.py", "--size", "base", *device, *quick)],
+        6: [
+            script(
+                "profile_step",
+                300,
+                "profile_step.py",
+                *("--size", "base", "--dtype", low, *device, *quick),
+            )
+        ],
         7: [
             script(
                 "finetuning",
@@ -179,6 +186,7 @@ def main(words: Sequence[str] | None = None) -> int:
     add("--output_dir", type=Path, default=ROOT / "runs" / "gpu_all")
     add("--hardware", default="gpu", help="a word for the reports' names")
     add("--device", default="cuda")
+    add("--precision", choices=["fp32", "bf16"], help="default: bf16, on a CPU fp32")
     add("--glue_dir", type=Path, default=Path("data/glue"), help="of parts 7 and on")
     add("--text", type=Path, nargs="+", default=[Path("data/raw")], help="of the real run")
     add("--only", help="commands whose name contains this")

@@ -68,6 +68,7 @@ class Masters:
         self.masters = [weight.detach().float().clone() for weight in self.weights]
         self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4, fused=True)
 
+    @torch.no_grad()
     def step(self) -> None:
         """Update both."""
         for master, weight in zip(self.masters, self.weights, strict=True):

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,18 @@ from zerobert.config import SIZES, BertConfig
 from zerobert.shards import check_values
 
 CONFIG = BertConfig(**{**SIZES["tiny"], "vocab_size": 2003})
+STEP: dict[str, Any] = {
+    "size": "tiny",
+    "dtype": "fp32",
+    "device": "cpu",
+    "compile": False,
+    "micro_batch": 2,
+    "accumulation": 1,
+    "seq_length": 128,
+    "fill": 0.9,
+    "rounds": 1,
+    "steps": 1,
+}
 
 
 def test_all_models_compute_the_same_before_they_are_timed() -> None:
@@ -22,6 +35,17 @@ def test_all_models_compute_the_same_before_they_are_timed() -> None:
     failed: dict[str, str] = {}
     train_step.check_equal(CONFIG, arguments, failed)
     assert failed == {}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_contender_takes_steps(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(train_step.SIZES, "tiny", dataclasses.asdict(CONFIG))
+    monkeypatch.setattr(train_step, "least_s", lambda work, device: 1.0)
+    figures = train_step.run(argparse.Namespace(**{**STEP, "dtype": dtype}))
+    assert figures["failed"] == {}
+    assert set(figures["samples_per_s"]) == {
+        *("Hugging Face eager", "Hugging Face sdpa", "NVIDIA", "zerobert", "zerobert, padded")
+    }
 
 
 def test_a_model_that_differs_or_fails_is_not_timed_but_the_others_are(
@@ -35,10 +59,7 @@ def test_a_model_that_differs_or_fails_is_not_timed_but_the_others_are(
     monkeypatch.setattr(train_step, "pack", no_kernel)
     monkeypatch.setitem(train_step.SIZES, "tiny", dataclasses.asdict(CONFIG))
     monkeypatch.setattr(train_step, "least_s", lambda work, device: 1.0)
-    sizes = {"size": "tiny", "micro_batch": 2, "accumulation": 1, "seq_length": 128, "fill": 0.9}
-    arguments = argparse.Namespace(
-        dtype="fp32", device="cpu", compile=False, rounds=1, steps=1, **sizes
-    )
+    arguments = argparse.Namespace(**STEP)
     figures = train_step.run(arguments)
     assert set(figures["samples_per_s"]) == {
         "Hugging Face eager",
@@ -116,8 +137,10 @@ def test_an_engine_that_trains_otherwise_is_noticed() -> None:
         engine_overhead.check_equal({"bare loop": wanted, "engine, stage 1": other}, 0.9e-3)
 
 
-def test_the_engine_trains_as_a_bare_loop(repository: Path) -> None:
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_the_engine_trains_as_a_bare_loop(repository: Path, dtype: str) -> None:
     command = [sys.executable, "benchmarks/engine_overhead.py", "--quick", "--device", "cpu"]
+    command += ["--dtype", dtype]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "weights are equal" in done.stderr
