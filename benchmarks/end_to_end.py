@@ -173,6 +173,7 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     if arguments.quick:
         arguments.size, arguments.batch, arguments.steps, arguments.rounds = "tiny", 16, 6, 1
+        arguments.micro_batch = 8
     found = run(arguments)
     section = tell(found, arguments)
     print(section)

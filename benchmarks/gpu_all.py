@@ -118,7 +118,7 @@ def parts(arguments: argparse.Namespace) -> dict[int, list[Command]]:
                 "profile_step",
                 300,
                 "profile_step.py",
-                *("--size", "base", "--dtype", low, *device, *quick),
+                *("--size", "base", "--dtype", low, *common),
             )
         ],
         7: [
@@ -130,11 +130,11 @@ def parts(arguments: argparse.Namespace) -> dict[int, list[Command]]:
                 *("--precision", low, *common),
             )
         ],
-        **{number: [_real_run(arguments)] for number in range(8, 14)},
+        **{number: [_real_run(arguments, low)] for number in range(8, 14)},
     }
 
 
-def _real_run(arguments: argparse.Namespace) -> Command:
+def _real_run(arguments: argparse.Namespace, low: str) -> Command:
     recipe = "bert_tiny_cpu" if arguments.device == "cpu" else "h100_20min"
     return script(
         "real_run",
@@ -143,7 +143,7 @@ def _real_run(arguments: argparse.Namespace) -> Command:
         *("--text", *map(str, arguments.text), "--glue_dir", str(arguments.glue_dir)),
         *("--deepspeed_config", f"ds_configs/{recipe}.json", "--hardware", arguments.hardware),
         *("--output_dir", str(arguments.output_dir / "real"), "--limit_s", str(PART_S - 40)),
-        *(("--precision", "bf16") if arguments.device != "cpu" else ()),
+        *("--precision", low),
         *("--device", arguments.device, *(("--quick",) if arguments.quick else ())),
     )
 

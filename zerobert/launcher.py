@@ -275,9 +275,13 @@ def run_rank(work: Callable[[StopRequest], int]) -> int:
 def _joined(work: Callable[[StopRequest], int], stop: StopRequest) -> int:
     _quiet()
     # These take seconds to import: a wrong flag is told before.
+    import torch
+
     from zerobert import device, distributed, engine
 
     device.set_threads()
+    if not torch.cuda.is_available():
+        device.keep_memory()
     engine.init_distributed()
     with distributed.connected():
         return work(stop)

@@ -83,7 +83,7 @@ def test_a_command_that_is_cut_off_takes_its_children_with_it(
         f"print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, flush=True);"
         "time.sleep(60)"
     )
-    gpu_all.run(gpu_all.python("it", 60, "-c", parent), tmp_path, 3)
+    gpu_all.run(gpu_all.python("it", 60, "-c", parent), tmp_path, 8)
     line = json.loads((tmp_path / "summary.jsonl").read_text())
     assert (line["command"], line["code"]) == ("it", "cut off")
     pid = int((tmp_path / "it.log").read_text().splitlines()[-1])
@@ -171,7 +171,7 @@ def test_the_readme_has_the_figures_of_the_newest_reports() -> None:
 def test_a_figure_is_the_median_of_the_rounds_ratios() -> None:
     rates = {"zerobert": [10.0, 30.0, 22.0], "NVIDIA": [5.0, 10.0, 20.0]}
     figures = {"base 0.9": {"samples_per_s": {**rates, "Hugging Face sdpa": [1.0, 1.0, 1.0]}}}
-    rows = list(readme.train_step(figures))
+    rows = list(readme.train_step(figures, dtype="fp32"))
     assert [row[1:] for row in rows] == [
         ("22.00 rows/s", "Hugging Face's BERT: 1.00", "22.00"),
         ("22.00 rows/s", "NVIDIA's BERT: 10.00", "2.00"),

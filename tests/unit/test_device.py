@@ -1,6 +1,10 @@
 """What a device is good at, by its own name and instructions; how cores are shared among ranks."""
 
 import os
+import platform
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,18 @@ from zerobert.device import (
 )
 
 CPU = torch.device("cpu")
+FAULTS = """
+import resource, sys, torch
+from zerobert.device import keep_memory
+if sys.argv[1] == "keep":
+    keep_memory()
+for _ in range(30):  # until the heap has room for it
+    torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
 
 
 @pytest.mark.parametrize(
@@ -166,3 +182,16 @@ def test_a_container_s_share_of_time_limits_the_cores(
     (tmp_path / "cpu.max").write_text(text + "\n")
     assert usable_cores(tmp_path / "cpu.max") == most
     assert usable_cores(tmp_path / "none") == 64
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_the_memory_of_freed_tensors_is_used_again(repository: Path) -> None:
+    def faults(way: str) -> int:
+        command = [sys.executable, "-c", FAULTS, way]
+        done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    pages = 10 * 2**26 // resource.getpagesize()
+    assert faults("keep") < pages / 10
+    assert faults("as it is") > pages / 2  # or the line before tests nothing
