@@ -129,7 +129,7 @@ def _plain(
     q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, keep_B11S: Tensor, dropout_p: float
 ) -> Tensor:
     scores_BNSS = (q_BNSD / math.sqrt(q_BNSD.shape[-1])) @ k_BNSD.mT
-    scores_BNSS = scores_BNSS.masked_fill(~keep_B11S, float("-inf"))
+    scores_BNSS = scores_BNSS.masked_fill_(~keep_B11S, float("-inf"))  # nobody else has them
     weights_BNSS = scores_BNSS.softmax(dim=-1, dtype=torch.float32).to(v_BNSD.dtype)
     return dropout.drop(weights_BNSS, dropout_p) @ v_BNSD
 
