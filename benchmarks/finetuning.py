@@ -348,7 +348,10 @@ def tell_scores(
             shown = ", ".join(f"{value:.2f}" for value in values)
             rows.append((name, metric, f"{statistics.median(values):.2f}", shown, rate))
     seeds = ", ".join(arguments.seeds.split(",")[: len(scores["zerobert"])])
-    title = f"## Score: {count:,} sentences, {arguments.num_train_epochs:g} epochs, seeds {seeds}"
+    title = (
+        f"## Score: {count:,} sentences, {arguments.num_train_epochs:g} epochs, "
+        f"{arguments.precision}, seeds {seeds}"
+    )
     header = ("", "metric", "median", "each seed", "sentences/s")
     return f"{title}\n\n" + measure.table(header, rows)
 
@@ -432,10 +435,11 @@ def write(
     """The report, where there is a name for it."""
     if arguments.hardware:
         flags = f"--task {arguments.task} --data_dir data/glue"
-        flags += f" --learning_rate {arguments.learning_rate:g}"
+        flags += f" --learning_rate {arguments.learning_rate:g} --precision {arguments.precision}"
+        flags += f" --rounds {arguments.rounds}"
         if arguments.seeds:
             flags += f" --seeds {arguments.seeds} --num_train_epochs {arguments.num_train_epochs:g}"
-        if arguments.sentences:
+        if arguments.rounds:
             flags += f" --sentences {arguments.sentences}"
         if arguments.train_sentences:
             flags += f" --train_sentences {arguments.train_sentences}"
