@@ -47,3 +47,12 @@ def run_ranks(worker: Path, num_ranks: int, *args: str, timeout_s: float = _TIME
         for rank, (process, log) in enumerate(zip(processes, logs, strict=True)):
             code = process.returncode
             assert code == 0, f"rank {rank} exits with {code}:\n{log.read_text()[-8000:]}"
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits for its parent does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.ranks import is_alive
 from zerobert.errors import ConfigError
 from zerobert.launcher import check_hostfile, split_machines, split_ranks
 
@@ -96,15 +97,6 @@ class Launch:
         assert not alive
         assert list(self.temporary.iterdir()) == []
         return code
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and waits for its parent does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
 
 
 @pytest.mark.parametrize(
