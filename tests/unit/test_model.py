@@ -272,12 +272,22 @@ def _losses_and_gradients(
         Kernels(cross_entropy="chunked"),
         Kernels(activation_checkpointing=True),
         Kernels(packing=False),
+        Kernels(),
     ],
-    ids=["plain attention", "sdpa", "fused projections", "chunked", "checkpointed", "padded"],
+    ids=[
+        "plain attention",
+        "sdpa",
+        "fused projections",
+        "chunked",
+        "checkpointed",
+        "padded",
+        "auto",
+    ],
 )
 def test_no_kernel_changes_losses_or_gradients(kernels: Kernels, position: str) -> None:
     batch = _batch()
-    wanted = _losses_and_gradients(Kernels(packing=False), batch, layer_norm_position=position)
+    plain = Kernels(packing=False, attention="plain", layer_norm="torch")
+    wanted = _losses_and_gradients(plain, batch, layer_norm_position=position)
     got = _losses_and_gradients(kernels, batch, layer_norm_position=position)
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 

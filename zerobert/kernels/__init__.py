@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from zerobert.errors import ConfigError, MissingDependencyError
-from zerobert.kernels import attention, cross_entropy, lamb, layer_norm
+from zerobert.kernels import attention, cross_entropy, lamb, layer_norm, native
 from zerobert.page import Table, format_table
 
 _16_BITS = (torch.bfloat16, torch.float16)
@@ -30,9 +30,9 @@ class Kernels:
         compile: hand the layers to torch.compile.
     """
 
-    attention: Literal["auto", "plain", "sdpa", "flash", "varlen"] = "auto"
+    attention: Literal["auto", "plain", "sdpa", "flash", "varlen", "native"] = "auto"
     projections: Literal["auto", "separate", "fused"] = "auto"
-    layer_norm: Literal["auto", "torch", "apex", "triton"] = "auto"
+    layer_norm: Literal["auto", "torch", "apex", "triton", "native"] = "auto"
     cross_entropy: Literal["auto", "plain", "chunked"] = "auto"
     lamb: Literal["auto", "plain", "blocked", "triton", "apex"] = "auto"
     packing: bool = True
@@ -64,7 +64,7 @@ def choose(
     choices = [
         _attention(kernels, device, dtype, dropout_p),
         _projections(kernels, device),
-        _layer_norm(kernels, device),
+        _layer_norm(kernels, device, dtype),
         _dropout(device),
         _cross_entropy(kernels, device, dtype),
         _lamb(kernels, device),
@@ -117,27 +117,28 @@ def _attention(
 ) -> Choice:
     asked = kernels.attention
     if asked != "auto":
-        refusal = asked in ("flash", "varlen") and _packed_refusal(
+        refusal = asked in ("flash", "varlen", "native") and _packed_refusal(
             asked, kernels, device, dtype, dropout_p
         )
         if refusal:
             raise refusal
         return Choice(op="attention", chosen=asked, reason=_ASKED)
     reasons = []
-    for name in ("flash", "varlen"):
+    for name in ("flash", "varlen") if device.type == "cuda" else ("native",):
         refusal = _packed_refusal(name, kernels, device, dtype, dropout_p)
         if refusal is None:
             return Choice(op="attention", chosen=name, reason="fused, without padding")
         reasons.append(str(refusal))
+    why_not = "; ".join(reasons)
     if device.type == "cuda":
-        return Choice(op="attention", chosen="sdpa", reason=f"fused kernel; {'; '.join(reasons)}")
+        return Choice(op="attention", chosen="sdpa", reason=f"fused kernel; {why_not}")
     if dtype in _16_BITS:
-        reason = "faster than sdpa in 16 bits on CPU at short lengths"
+        reason = f"faster than sdpa in 16 bits on CPU at short lengths; {why_not}"
         return Choice(op="attention", chosen="plain", reason=reason)
     if dropout_p > 0:
-        reason = "on CPU sdpa drops out value by value; sdpa in evaluation"
+        reason = f"on CPU sdpa drops out value by value; sdpa in evaluation; {why_not}"
         return Choice(op="attention", chosen="plain", reason=reason)
-    return Choice(op="attention", chosen="sdpa", reason="torch's fused CPU kernel")
+    return Choice(op="attention", chosen="sdpa", reason=f"torch's fused CPU kernel; {why_not}")
 
 
 def _packed_refusal(
@@ -145,7 +146,11 @@ def _packed_refusal(
 ) -> ConfigError | MissingDependencyError | None:
     """Why an implementation without padding can't serve."""
     where = f"kernels.attention {name!r}"
-    if device.type != "cuda" or dtype not in _16_BITS:
+    if name == "native":
+        refusal = _native_refusal(where, kernels, device, dtype)
+        if refusal is not None:
+            return refusal
+    elif device.type != "cuda" or dtype not in _16_BITS:
         return ConfigError(f"{where} runs in bf16 and fp16 on CUDA only")
     if not kernels.packing:
         return ConfigError(f"{where} needs kernels.packing")
@@ -160,6 +165,21 @@ def _packed_refusal(
     return None
 
 
+def _native_refusal(
+    where: str, kernels: Kernels, device: torch.device, dtype: torch.dtype
+) -> ConfigError | MissingDependencyError | None:
+    """Why a kernel in C can't serve."""
+    if device.type != "cpu" or dtype not in native.DTYPES:
+        return ConfigError(f"{where} runs in fp32 and bf16 on CPU only")
+    if kernels.compile:
+        return ConfigError(f"{where} can't go with kernels.compile; choose one of them")
+    if reason := native.refusal():
+        return MissingDependencyError(
+            f"{where} can't be built ({reason}); what it needs is a C compiler: apt-get install gcc"
+        )
+    return None
+
+
 def _projections(kernels: Kernels, device: torch.device) -> Choice:
     """Of queries, keys and values: three products, or one of three times the width."""
     if kernels.projections != "auto":
@@ -170,7 +190,7 @@ def _projections(kernels: Kernels, device: torch.device) -> Choice:
     return Choice(op="projections", chosen="fused", reason="one kernel instead of three")
 
 
-def _layer_norm(kernels: Kernels, device: torch.device) -> Choice:
+def _layer_norm(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> Choice:
     has_apex = layer_norm.APEX_KERNEL is not None
     if kernels.layer_norm == "apex" and not (has_apex and device.type == "cuda"):
         raise MissingDependencyError(
@@ -179,17 +199,18 @@ def _layer_norm(kernels: Kernels, device: torch.device) -> Choice:
         )
     if kernels.layer_norm == "triton":
         _check_triton(kernels, device)
+    refusal = _native_refusal("kernels.layer_norm 'native'", kernels, device, dtype)
+    if kernels.layer_norm == "native" and refusal is not None:
+        raise refusal
     if kernels.layer_norm != "auto":
         return Choice(op="layer norm", chosen=kernels.layer_norm, reason=_ASKED)
-    chosen, reason = (
-        ("apex", "installed, and fused both ways")
-        if has_apex and device.type == "cuda"
-        else ("torch", "torch's own kernel")
-    )
-    if device.type == "cuda":
-        reason += (
-            "; 'triton' would fuse dropout and residual too, but is not measured on a device yet"
-        )
+    if device.type == "cpu":
+        if refusal is None:
+            reason = "dropout and residual in the same pass"
+            return Choice(op="layer norm", chosen="native", reason=reason)
+        return Choice(op="layer norm", chosen="torch", reason=f"torch's own kernel; {refusal}")
+    chosen, reason = ("apex", "fused both ways") if has_apex else ("torch", "torch's own kernel")
+    reason += "; 'triton' would fuse dropout and residual too, but is not measured on a device yet"
     return Choice(op="layer norm", chosen=chosen, reason=reason)
 
 

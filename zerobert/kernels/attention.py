@@ -84,7 +84,9 @@ def flash(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, layout: Layout, dropout_p
 
     Written after its documentation; it has not run on a device yet.
     """
-    starts, longest = _ragged(layout)
+    if layout.packing is None:
+        return sdpa(q_TND, k_TND, v_TND, layout, dropout_p)
+    starts, longest = layout.packing.cu_seqlens, layout.keep_BS.shape[1]
     mixed_TND: Tensor = FLASH_KERNEL(
         *(q_TND, k_TND, v_TND, starts, starts, longest, longest), dropout_p=dropout_p
     )
@@ -97,14 +99,25 @@ def varlen(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, layout: Layout, dropout_
     Written after its documentation; it has not run on a device yet.
     """
     assert dropout_p == 0.0
-    starts, longest = _ragged(layout)
+    if layout.packing is None:
+        return sdpa(q_TND, k_TND, v_TND, layout, dropout_p)
+    starts, longest = layout.packing.cu_seqlens, layout.keep_BS.shape[1]
     mixed_TND: Tensor = VARLEN_KERNEL(q_TND, k_TND, v_TND, starts, starts, longest, longest)
     return mixed_TND
 
 
-def _ragged(layout: Layout) -> tuple[Tensor, int]:
-    assert layout.packing is not None
-    return layout.packing.cu_seqlens, layout.keep_BS.shape[1]
+def native(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, layout: Layout, dropout_p: float) -> Tensor:
+    """The same over packed tokens in C; fp32 and bf16 on CPU only.
+
+    A batch that is not packed goes the plain way, as with the other two of packed tokens.
+    """
+    if layout.packing is None:
+        return plain(q_TND, k_TND, v_TND, layout, dropout_p)
+    from zerobert.kernels import attention_native  # here: what it needs is built at its first use
+
+    num_rows, longest = layout.keep_BS.shape
+    starts = layout.packing.cu_seqlens[: num_rows + 1]
+    return attention_native.attend(q_TND, k_TND, v_TND, starts, longest, dropout_p)
 
 
 def _over_rows(
@@ -147,4 +160,5 @@ IMPLEMENTATIONS: dict[str, Attention] = {
     "sdpa": sdpa,
     "flash": flash,
     "varlen": varlen,
+    "native": native,
 }

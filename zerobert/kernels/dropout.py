@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_LEVELS = 1 << 16
+LEVELS = 1 << 16
 
 
 def plain(x: Tensor, p: float) -> Tensor:
@@ -36,10 +36,10 @@ def drop(x: Tensor, p: float) -> Tensor:
 class _WordDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        threshold = round(p * _LEVELS)
-        ctx.scale = _LEVELS / (_LEVELS - threshold)
+        threshold = round(p * LEVELS)
+        ctx.scale = LEVELS / (LEVELS - threshold)
         draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None)
-        keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= threshold - _LEVELS // 2
+        keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= threshold - LEVELS // 2
         ctx.save_for_backward(keep)
         return torch.where(keep, x, x.new_zeros(())).mul_(ctx.scale)
 

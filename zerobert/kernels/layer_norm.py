@@ -81,9 +81,19 @@ def triton(
     return layer_norm_triton.normalize(x_XH, norm, residual_XH, dropout_p)
 
 
+def native(
+    x_XH: Tensor, norm: nn.LayerNorm, residual_XH: Tensor | None = None, dropout_p: float = 0.0
+) -> Tensor:
+    """The same in C, in one pass over memory each way; fp32 and bf16 on CPU only."""
+    from zerobert.kernels import layer_norm_native  # here: what it needs is built at its first use
+
+    return layer_norm_native.normalize(x_XH, norm, residual_XH, dropout_p)
+
+
 IMPLEMENTATIONS: dict[str, LayerNorm] = {
     "plain": plain,
     "torch": torch_native,
     "apex": apex,
     "triton": triton,
+    "native": native,
 }

@@ -1,5 +1,6 @@
 """The compiled code on its own: strict compilers, sanitizers, and machines that can't build it."""
 
+import dataclasses
 import json
 import os
 import random
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 
 from data_prep import native
-from data_prep.native import compiler
+from data_prep.native.compiler import LIBRARY
 from tests.conftest import REPOSITORY
+from zerobert import compiled
 
 GOLDEN = REPOSITORY / "tests" / "golden" / "data_prep"
 # Prints whether the compiled code is there, and the hashes of the golden rows.
@@ -69,28 +71,21 @@ def test_strict_compilers_have_nothing_to_say(
         pytest.skip(f"there is no {name} here")
     monkeypatch.setenv("CC", name)
     strict = ("-Wall", "-Wextra", "-Wconversion", "-Wpedantic", "-Wshadow", "-Werror")
-    compiler.compile_library(tmp_path / "strict.so", *strict)
+    compiled.compile_to(tmp_path / "strict.so", LIBRARY, *strict)
     assert (tmp_path / "strict.so").is_file()
 
 
-def test_a_library_is_built_once_and_only_from_these_sources(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    library = compiler._built()
+def test_a_library_is_built_once_and_only_from_these_sources(cache: Path, tmp_path: Path) -> None:
+    library = compiled.built(LIBRARY)
     assert [library] == list(cache.iterdir())
     written = library.stat().st_mtime_ns
-    assert compiler._built() == library
+    assert compiled.built(LIBRARY) == library
     assert library.stat().st_mtime_ns == written
     changed = tmp_path / "native"
-    shutil.copytree(compiler.FOLDER, changed)
+    shutil.copytree(LIBRARY.folder, changed)
     with (changed / "native.h").open("a") as file:
         file.write("/* another release */\n")
-    monkeypatch.setattr(compiler, "FOLDER", changed)
-    compiler._fingerprint.cache_clear()
-    try:
-        other = compiler._built()
-    finally:
-        compiler._fingerprint.cache_clear()
+    other = compiled.built(dataclasses.replace(LIBRARY, folder=changed))
     assert other != library
     assert sorted(cache.iterdir()) == sorted([library, other])
 
@@ -112,10 +107,10 @@ def block(folder: Path) -> None:
 
 def test_a_cache_that_cant_be_written_is_not_needed(cache: Path, tmp_path: Path) -> None:
     block(cache)
-    library = compiler._built()
+    library = compiled.built(LIBRARY)
     assert library.parent == tmp_path / f"zerobert-{os.getuid()}"
     assert library.parent.stat().st_mode & 0o777 == 0o700
-    assert compiler._built() == library
+    assert compiled.built(LIBRARY) == library
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only the superuser can give a folder away")
@@ -123,13 +118,13 @@ def test_what_another_user_put_into_the_private_folder_is_not_loaded(
     cache: Path, tmp_path: Path
 ) -> None:
     block(cache)
-    private = compiler._private_folder()
+    private = compiled.private_folder()
     private.mkdir()
     os.chown(private, 12345, -1)
-    planted = private / f"data_prep-{compiler._fingerprint()}.so"
+    planted = private / compiled.file_name(LIBRARY)
     planted.write_bytes(b"another user's code")
     with pytest.raises(OSError, match=r"File exists|Not a directory"):
-        compiler._built()
+        compiled.built(LIBRARY)
     assert planted.read_bytes() == b"another user's code"
 
 
@@ -192,8 +187,8 @@ def runtime(name: str) -> str | None:
 SANITIZED = """
 import random, sys
 from pathlib import Path
-from data_prep.native import compiler
-compiler._built = lambda: Path(sys.argv[2])
+from zerobert import compiled
+compiled.built = lambda library: Path(sys.argv[2])
 from tests.unit.data_prep.test_native import use_everything
 use_everything()
 """
@@ -248,7 +243,7 @@ def test_sanitizers_find_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CC", "gcc")
     library = tmp_path / "sanitized.so"
     checks = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
-    compiler.compile_library(library, *checks)
+    compiled.compile_to(library, LIBRARY, *checks)
     settings = {
         # Python's own allocator would hide from ASan where its blocks end.
         "PYTHONMALLOC": "malloc",
@@ -259,8 +254,8 @@ def test_sanitizers_find_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     finish(start(SANITIZED, "", library, **settings))
     golden = REMAKE.replace(
         "from data_prep import native\n",
-        "from data_prep import native\nfrom data_prep.native import compiler\n"
-        f"compiler._built = lambda: Path({str(library)!r})\n",
+        "from data_prep import native\nfrom zerobert import compiled\n"
+        f"compiled.built = lambda _: Path({str(library)!r})\n",
     )
     output, _ = finish(start(golden, tmp_path / "a.hdf5", **settings))
     assert json.loads(output) == [True, expected()]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from zerobert.errors import ConfigError, MissingDependencyError
-from zerobert.kernels import Kernels, attention, choose, format_choices, layer_norm
+from zerobert.kernels import Kernels, attention, choose, format_choices, layer_norm, native
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -14,20 +14,37 @@ def chosen(kernels: Kernels, device: torch.device, dtype: torch.dtype, p: float)
     return {op: choice.chosen for op, choice in found.items()}
 
 
-def test_on_cpu() -> None:
+def test_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "refusal", lambda: None)
     training = chosen(Kernels(), CPU, torch.float32, 0.1)
     assert training == {
-        "attention": "plain",
+        "attention": "native",
         "projections": "separate",
-        "layer norm": "torch",
+        "layer norm": "native",
         "dropout": "words",
         "cross entropy": "plain",
         "LAMB": "blocked",
         "padding": "left out",
         "torch.compile": "off",
     }
+    assert chosen(Kernels(), CPU, torch.bfloat16, 0.0)["attention"] == "native"
+    assert chosen(Kernels(packing=False), CPU, torch.float32, 0.1)["attention"] == "plain"
+    assert chosen(Kernels(packing=False), CPU, torch.float32, 0.0)["attention"] == "sdpa"
+    assert chosen(Kernels(packing=False), CPU, torch.float32, 0.1)["layer norm"] == "native"
+    for kernels, dtype in ((Kernels(compile=True), torch.float32), (Kernels(), torch.float16)):
+        found = chosen(kernels, CPU, dtype, 0.1)
+        assert (found["attention"], found["layer norm"]) == ("plain", "torch")
+
+
+def test_on_a_cpu_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "refusal", lambda: "there is no C compiler")
+    assert chosen(Kernels(), CPU, torch.float32, 0.1)["layer norm"] == "torch"
+    assert chosen(Kernels(), CPU, torch.float32, 0.1)["attention"] == "plain"
     assert chosen(Kernels(), CPU, torch.float32, 0.0)["attention"] == "sdpa"
     assert chosen(Kernels(), CPU, torch.bfloat16, 0.0)["attention"] == "plain"
+    for asked in (Kernels(attention="native"), Kernels(layer_norm="native")):
+        with pytest.raises(MissingDependencyError, match=r"there is no C compiler.*apt-get"):
+            choose(asked, CPU, torch.float32, dropout_p=0.1)
 
 
 def test_on_cuda_it_depends_on_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +83,16 @@ def test_on_cuda_it_depends_on_what_is_installed(monkeypatch: pytest.MonkeyPatch
             *(ConfigError, r"can't go with kernels\.compile"),
         ),
         (Kernels(cross_entropy="chunked"), CUDA, torch.float16, ConfigError, "loss is scaled"),
+        (Kernels(attention="native"), CUDA, torch.float32, ConfigError, "on CPU only"),
+        (Kernels(layer_norm="native"), CPU, torch.float16, ConfigError, "fp32 and bf16"),
+        (
+            *(Kernels(layer_norm="native", compile=True), CPU, torch.float32),
+            *(ConfigError, r"can't go with kernels\.compile"),
+        ),
+        (
+            *(Kernels(attention="native", packing=False), CPU, torch.float32),
+            *(ConfigError, r"needs kernels\.packing"),
+        ),
     ],
 )
 def test_what_cannot_serve_is_refused_by_name(

@@ -1,0 +1,293 @@
+"""The kernels in C against their plain twins, and on machines that can't build them."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from zerobert import compiled
+from zerobert.kernels import attention, layer_norm, layer_norm_native, native
+from zerobert.kernels.attention import Layout
+from zerobert.packing import pack
+
+needs_native = pytest.mark.skipif(native.refusal() is not None, reason=str(native.refusal()))
+# Head widths below, at and beside a whole number of vectors; rows of one token, of all, longer than
+# the queries that are worked on at a time.
+SHAPES = [(2, 64, 128, [128, 70, 1, 99]), (3, 8, 16, [16, 9, 1, 12]), (1, 33, 200, [200, 65, 64])]
+
+
+def make_tokens(
+    heads: int, width: int, longest: int, lengths: list[int], dtype: torch.dtype
+) -> tuple[list[Tensor], Layout, Tensor]:
+    """Queries, keys, values TND; where they lie; a gradient of the output, zero for padding."""
+    torch.manual_seed(0)
+    mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
+    packing = pack(mask)
+    shape = (len(packing.places_T), heads, width)
+    tokens = [torch.randn(shape).to(dtype).requires_grad_() for _ in range(3)]
+    grad = torch.randn(shape).to(dtype)
+    grad[sum(lengths) :] = 0
+    return tokens, Layout(mask.bool(), packing), grad
+
+
+@needs_native
+@pytest.mark.parametrize(("heads", "width", "longest", "lengths"), SHAPES)
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_attention_agrees_in_value_and_gradient(
+    heads: int, width: int, longest: int, lengths: list[int], dtype: torch.dtype, error: float
+) -> None:
+    tokens, layout, grad = make_tokens(heads, width, longest, lengths, dtype)
+    exact = [token.detach().double().requires_grad_() for token in tokens]
+    wanted = attention.plain(*exact, layout, 0.0)
+    got = attention.native(*tokens, layout, 0.0)
+    num_tokens = sum(lengths)
+    assert not got[num_tokens:].any()
+    torch.testing.assert_close(
+        got[:num_tokens].double(), wanted[:num_tokens], atol=error, rtol=error
+    )
+    wanted_grads = torch.autograd.grad(wanted, exact, grad.double())
+    got_grads = torch.autograd.grad(got, tokens, grad)
+    for got_grad, wanted_grad in zip(got_grads, wanted_grads, strict=True):
+        torch.testing.assert_close(got_grad.double(), wanted_grad, atol=error, rtol=error)
+
+
+@needs_native
+def test_attention_in_parts_of_a_wider_product() -> None:
+    """As queries, keys and values come where their projections are fused."""
+    tokens, layout, _ = make_tokens(2, 8, 16, [16, 9, 1, 12], torch.float32)
+    wide = torch.stack([token.detach() for token in tokens], dim=1)
+    torch.testing.assert_close(
+        attention.native(*wide.unbind(1), layout, 0.0), attention.native(*tokens, layout, 0.0)
+    )
+
+
+@needs_native
+def test_attention_drops_weights_and_their_gradients_alike() -> None:
+    """Values that are unit vectors show the weights themselves, and so the mask."""
+    length, p = 64, 0.25
+    layout = Layout(torch.ones(1, length, dtype=torch.bool), pack(torch.ones(1, length)))
+    torch.manual_seed(0)
+    q, k = (torch.randn(length, 1, length, requires_grad=True) for _ in range(2))
+    v = torch.eye(length)[:, None].requires_grad_()
+    dropped = attention.native(q, k, v, layout, p)
+    weights = torch.softmax(q[:, 0] @ k[:, 0].T / length**0.5, dim=-1)
+    mask = (dropped[:, 0] != 0).float() / (1 - p)
+    torch.testing.assert_close(dropped[:, 0], weights * mask)
+    kept = (mask > 0).float().mean().item()
+    assert abs(kept - (1 - p)) < 4 * (p * (1 - p) / length**2) ** 0.5
+    grad = torch.randn(length, 1, length)
+    got = torch.autograd.grad(dropped, (q, k, v), grad)
+    wanted = torch.autograd.grad((weights * mask) @ v[:, 0], (q, k, v), grad[:, 0])
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+@needs_native
+@pytest.mark.parametrize("has_residual", [True, False])
+@pytest.mark.parametrize("width", [48, 768])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
+def test_layer_norm_agrees_in_value_and_gradient(
+    has_residual: bool, width: int, dtype: torch.dtype, error: float
+) -> None:
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(width, eps=1e-12).to(dtype)
+    with torch.no_grad():
+        norm.weight.add_(torch.randn(width).to(dtype))
+        norm.bias.add_(torch.randn(width).to(dtype))
+    x, residual, grad = torch.randn(3, 5, 7, width).to(dtype)
+    inputs = [x.requires_grad_(), norm.weight, norm.bias]
+    inputs += [residual.requires_grad_()] if has_residual else []
+    results = []
+    for normalize, like in ((layer_norm.native, dtype), (layer_norm.plain, torch.float64)):
+        norm.to(like)
+        out = normalize(x.to(like), norm, residual.to(like) if has_residual else None)
+        results.append([out, *torch.autograd.grad(out, inputs, grad.to(like))])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), wanted.double(), atol=error, rtol=error)
+
+
+def philox(counter: list[int], key: list[int]) -> list[int]:
+    """Salmon et al.'s Philox4x32-10, word by word."""
+    for _ in range(10):
+        left, right = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
+        counter = [
+            *((right >> 32) ^ counter[1] ^ key[0], right % 2**32),
+            *((left >> 32) ^ counter[3] ^ key[1], left % 2**32),
+        ]
+        key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
+    return counter
+
+
+@needs_native
+def test_masks_are_philoxs() -> None:
+    # The first known answers of Random123's kat_vectors.
+    assert philox([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    seed, width, num_rows = 0x0123456789ABCDEF, 200, 3
+    threshold = native.threshold(0.25)
+    ones, weight, bias = torch.ones(num_rows, width), torch.ones(width), torch.zeros(width)
+    _, dropped, *_ = native.layer_norm_forward(ones, None, weight, bias, 1e-5, (threshold, seed))
+    for row in range(num_rows):
+        numbers: list[int] = []
+        for block in range(2):
+            lanes = [
+                philox([16 * block + lane, row, 0, 0], [seed % 2**32, seed >> 32])
+                for lane in range(16)
+            ]
+            words = [word for column in zip(*lanes, strict=True) for word in column]
+            numbers += [half for word in words for half in (word % 2**16, word >> 16)]
+        is_kept = torch.tensor(numbers[:width]) >= threshold
+        torch.testing.assert_close(dropped[row], is_kept / (1 - 0.25))
+
+
+@needs_native
+def test_layer_norm_drops_the_branch_and_its_gradient_alike() -> None:
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(128)
+    branch, residual = torch.randn(2, 50, 128).unbind()
+    branch, residual = branch.requires_grad_(), residual.requires_grad_()
+    torch.manual_seed(1)
+    got = layer_norm.native(branch, norm, residual, 0.3)
+    torch.manual_seed(1)
+    drop = (native.threshold(0.3), native.new_seed())
+    _, sums, *_ = native.layer_norm_forward(
+        torch.ones(50, 128), torch.zeros(50, 128), norm.weight, norm.bias, 1e-5, drop
+    )
+    wanted = layer_norm.plain(branch * sums, norm, residual)
+    torch.testing.assert_close(got, wanted)
+    grad, inputs = torch.randn(50, 128), (branch, residual, norm.weight, norm.bias)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, inputs, grad),
+        torch.autograd.grad(wanted, inputs, grad),
+        atol=1e-5,
+        rtol=1e-5,
+    )
+    assert abs((sums == 0).float().mean().item() - 0.3) < 4 * (0.3 * 0.7 / sums.numel()) ** 0.5
+
+
+@needs_native
+def test_the_number_of_threads_does_not_matter() -> None:
+    tokens, layout, grad = make_tokens(2, 64, 128, [128, 70, 1, 99], torch.float32)
+    norm, x = nn.LayerNorm(64), torch.randn(100, 64, requires_grad=True)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            torch.manual_seed(5)
+            out = attention.native(*tokens, layout, 0.1)
+            normal = layer_norm.native(x, norm, None, 0.1)
+            grads = torch.autograd.grad(out, tokens, grad)
+            norm_grads = torch.autograd.grad(normal.square().sum(), (x, norm.weight, norm.bias))
+            results.append([out, normal, *grads, *norm_grads])
+    finally:
+        torch.set_num_threads(before)
+    for one, three in zip(*results, strict=True):
+        assert torch.equal(one, three)
+
+
+@needs_native
+def test_what_is_no_number_stays_none() -> None:
+    tokens, layout, grad = make_tokens(2, 8, 16, [16, 9, 1, 12], torch.bfloat16)
+    with torch.no_grad():
+        tokens[2][3, 1, 2] = float("nan")
+        tokens[2][20, 0, 0] = float("inf")
+    out = attention.native(*tokens, layout, 0.0)
+    assert out[:16, 1, 2].isnan().all()
+    assert out[16:25, 0, 0].isinf().all()
+    tokens[0].data[0] = float("nan")
+    q_grad, *_ = torch.autograd.grad(attention.native(*tokens, layout, 0.0), tokens, grad)
+    assert q_grad[0].isnan().all()
+    x = torch.ones(2, 64)
+    x[0, 5] = float("inf")
+    normal = layer_norm_native.normalize(x, nn.LayerNorm(64), None, 0.0)
+    assert normal[0].isnan().any()
+    assert not normal[1].isnan().any()
+
+
+@pytest.mark.parametrize("name", ["gcc", "clang"])
+def test_strict_compilers_have_nothing_to_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    if not shutil.which(name):
+        pytest.skip(f"there is no {name} here")
+    monkeypatch.setenv("CC", name)
+    strict = ("-Wall", "-Wextra", "-Wconversion", "-Wpedantic", "-Wshadow", "-Werror")
+    compiled.compile_to(tmp_path / "strict.so", native.LIBRARY, *strict)
+    assert (tmp_path / "strict.so").is_file()
+
+
+def test_without_a_compiler_torch_serves_and_the_table_says_why(tmp_path: Path) -> None:
+    code = """
+import torch
+from zerobert.kernels import Kernels, choose
+found = choose(Kernels(), torch.device("cpu"), torch.float32, dropout_p=0.1)
+for op in ("attention", "layer norm"):
+    print(found[op].chosen, "|", found[op].reason)
+"""
+    variables = {"PATH": "", "CC": "", "XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    attention_line, norm_line = finished.stdout.splitlines()
+    assert attention_line.startswith("plain |")
+    assert norm_line.startswith("torch |")
+    for line in (attention_line, norm_line):
+        assert "can't be built (there is no C compiler)" in line
+        assert "apt-get install gcc" in line
+
+
+SANITIZED = """
+import sys
+from pathlib import Path
+from zerobert import compiled
+compiled.built = lambda library: Path(sys.argv[1])
+import pytest
+from tests.unit.kernels import test_native_kernels as tests
+assert tests.native.refusal() is None, tests.native.refusal()
+for shape in tests.SHAPES:
+    tests.test_attention_agrees_in_value_and_gradient(*shape, tests.torch.float32, 2e-6)
+    tests.test_attention_agrees_in_value_and_gradient(*shape, tests.torch.bfloat16, 2e-2)
+tests.test_attention_drops_weights_and_their_gradients_alike()
+for residual in (True, False):
+    for dtype, error in ((tests.torch.float32, 2e-5), (tests.torch.bfloat16, 3e-2)):
+        tests.test_layer_norm_agrees_in_value_and_gradient(residual, 48, dtype, error)
+tests.test_masks_are_philoxs()
+tests.test_the_number_of_threads_does_not_matter()
+"""
+
+
+def runtime(name: str) -> str:
+    """The path of a library of gcc's, to be loaded ahead of Python's own."""
+    command = ["gcc", f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("gcc"), reason="gcc's sanitizers are not here")
+def test_sanitizers_find_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AddressSanitizer and UBSan, with the standard library's own checks of memory it gives out."""
+    monkeypatch.setenv("CC", "gcc")
+    library = tmp_path / "sanitized.so"
+    checks = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
+    compiled.compile_to(library, native.LIBRARY, *checks)
+    settings = {
+        # Python's own allocator would hide from ASan where its blocks end.
+        "PYTHONMALLOC": "malloc",
+        "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')}",
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    finished = subprocess.run(
+        [sys.executable, "-c", SANITIZED, str(library)],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
