@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from finetune.data import Examples, Labels
 from zerobert import distributed
 from zerobert.device import copied_to
+from zerobert.packing import pack
 from zerobert.tokenizer import WordPieceTokenizer
 
 SEQ_LENGTH = 128  # where nobody says another
@@ -61,7 +62,7 @@ class Encoded:
         return np.array([len(ids) for ids in self.input_ids], dtype=np.int64)
 
     def inputs(self, indices: Indices, device: torch.device) -> dict[str, Tensor]:
-        """Ids, mask and segment ids BS, padded to the longest of the batch."""
+        """Ids, mask and segment ids BS, padded to the longest of the batch; which are tokens."""
         longest = max(len(self.input_ids[i]) for i in indices)
         width = min(-(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, self.max_seq_length)
         names = ("input_ids_BS", "input_mask_BS", "segment_ids_BS")
@@ -71,8 +72,10 @@ class Encoded:
             ids[row, :length] = self.input_ids[i]
             segments[row, :length] = self.segment_ids[i]
             mask[row, :length] = 1
-        tensors = (copied_to(device, torch.from_numpy(array)) for array in arrays)
-        return dict(zip(names, tensors, strict=True))
+        tensors = dict(zip(names, map(torch.from_numpy, arrays), strict=True))
+        packing = pack(tensors["input_mask_BS"])
+        tensors.update(places=packing.places_T, cu_seqlens=packing.cu_seqlens)
+        return {name: copied_to(device, tensor) for name, tensor in tensors.items()}
 
     def loss_sum(self, outputs: Tensor, indices: Indices) -> Tensor:
         """Cross-entropy, or the squared error of scores."""

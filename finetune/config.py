@@ -113,6 +113,11 @@ def deepspeed_config(
     ds["gradient_clipping"] = clipping(ds, optimizer.params.max_grad_norm)
     ds["optimizer"] = {"type": optimizer.type, "params": asked["params"]}
     engine.check_served(ds)
+    if section.kernels.compile:
+        raise ConfigError(
+            f"{where}: bert.kernels.compile: the batches of fine-tuning have many shapes, and each "
+            "would be compiled; remove it"
+        )
     return ds, section.kernels
 
 

@@ -107,11 +107,14 @@ class MicroBatches(Sequence[dict[str, Tensor]]):
     Until then they take a quarter of the memory, and what is made one by one stays in the cache.
     """
 
-    def __init__(self, rows: Arrays, micro_samples: int, *, packing: bool) -> None:
+    def __init__(self, rows: Arrays, micro_samples: int, *, num_shapes: int | None) -> None:
+        """Pack each, where `num_shapes` is given; see `zerobert.packing.pack`."""
         self._rows, self._micro_samples = rows, micro_samples
         masks = torch.split(torch.from_numpy(rows["input_mask"]), micro_samples)
         self._num = len(masks)
-        self._packings = [pack(mask) for mask in masks] if packing else None
+        self._packings = None
+        if num_shapes is not None:
+            self._packings = [pack(mask, num_shapes) for mask in masks]
 
     def __len__(self) -> int:
         return self._num
@@ -168,7 +171,7 @@ class StepLoader:
         rank: int,
         world_size: int,
         masking: Masking | None = None,
-        packing: bool = False,
+        num_shapes: int | None = None,
     ) -> None:
         self.order = order
         self._shards = shards
@@ -177,7 +180,7 @@ class StepLoader:
         self._rank_samples = order.global_samples // world_size
         self._rank = rank
         self._masking = masking
-        self._packing = packing
+        self._num_shapes = num_shapes
 
     def steps(self, first_sample: int) -> Iterator[StepBatch]:
         """The batches from a sample on, without end.
@@ -222,7 +225,7 @@ class StepLoader:
         if self._masking is not None:
             rows = mask_afresh(rows, start, self._masking)
         return StepBatch(
-            micro_batches=MicroBatches(rows, self._micro_samples, packing=self._packing),
+            micro_batches=MicroBatches(rows, self._micro_samples, num_shapes=self._num_shapes),
             first_samples=tuple(range(start, start + self._rank_samples, self._micro_samples)),
             num_masked=int(np.count_nonzero(rows["masked_lm_positions"])),
             num_tokens=int(np.count_nonzero(rows["input_mask"])),
@@ -286,7 +289,10 @@ def evaluation_batches(
                 picked = places[blocks == block]
                 parts.append({name: array[picked] for name, array in read(owner, block).items()})
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        yield to_tensors(arrays), is_own
+        batch = to_tensors(arrays)
+        packing = pack(batch["input_mask"])
+        batch.update(places=packing.places_T, cu_seqlens=packing.cu_seqlens)
+        yield batch, is_own
 
 
 def fingerprint(shards: Sequence[ShardInfo]) -> dict[str, Any]:

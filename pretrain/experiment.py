@@ -152,6 +152,11 @@ def prepare(args: argparse.Namespace, *, micro_samples: int | None = None) -> Ex
     if any(output_dir.resolve() == folder.resolve() for folder in folders):
         raise ConfigError(f"--output_dir {output_dir} holds the shards; choose another folder")
     data, nsp = fingerprint(training), _has_nsp(config, training)
+    if nsp and model.type_vocab_size < 2:
+        raise ConfigError(
+            "the shards have two segments, the model has type_vocab_size 1; set it to 2, or train "
+            'on masked words alone: "data": {"nsp": false}'
+        )
     steps = pretrain_config.total_steps(config.bert.run, data["rows"], sizes.global_samples)
     resolved = pretrain_config.resolved_json(config, model)
     return Experiment(
@@ -544,7 +549,7 @@ def _loop(
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         masking=run.masking,
-        packing=run.config.bert.kernels.packing,
+        num_shapes=run.config.bert.kernels.num_shapes,
     )
     _print_header(run, training)
     profiling = loop.profile(run.folder.path) if args.profile and distributed.is_main() else None
@@ -614,12 +619,13 @@ def _held_out(run: Experiment, everything: bool) -> Iterator[tuple[dict[str, Ten
 def _print_header(run: Experiment, training: Engine) -> None:
     for name, value in run.facts().items():
         _say(f"{name}: {value}")
-    dtype = next(training.module.parameters()).dtype
+    model = run.folder.model
     choices = kernels.choose(
         run.config.bert.kernels,
         training.device,
-        dtype,
-        dropout_p=run.folder.model.attention_probs_dropout_prob,
+        _WEIGHT_TYPES[engine.computes_in(run.config.deepspeed)],
+        dropout_p=model.attention_probs_dropout_prob,
+        head_width=model.hidden_size // model.num_attention_heads,
     )
     _say(kernels.format_choices(choices.values()))
     if not run.held_out:

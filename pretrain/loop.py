@@ -421,7 +421,7 @@ def evaluate(
             break
         batch, counts = held_out
         inputs = {name: copied_to(engine.device, x) for name, x in batch.items()}
-        losses = engine.module(**inputs)
+        losses = engine.evaluate(**inputs)
         masked = inputs["masked_lm_positions"].count_nonzero()
         num_rows = torch.full((), len(batch["input_ids"]), device=engine.device)
         parts: Sequence[Tensor] = [

@@ -1,12 +1,15 @@
 """The largest micro-batch that a device has memory for: `--auto_micro_batch`.
 
-Two small micro-batches are run forward and backward, and what a sequence takes is the difference
-between them.
+A GPU is given larger and larger ones, with as much memory taken away as the state of the training
+will hold, until it has too little. On a CPU, where too much ends the process, two small ones are
+run forward, and what a sequence takes is the difference between them.
 """
 
+import dataclasses
+import functools
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +23,7 @@ from zerobert.model import BertForPreTraining, PretrainingLosses
 # Allocators round up and fragment; communication and libraries want some too.
 _USABLE = 0.9
 _PROBES = (2, 4)
+_ADVICE = 'try "kernels": {"activation_checkpointing": true}, a higher ZeRO stage or shorter rows'
 
 
 def largest_micro_batch(
@@ -41,6 +45,21 @@ def largest_micro_batch(
         ConfigError: not even one sequence fits.
     """
     model = build().to(device).train()
+    divisors = [size for size in range(1, rank_samples + 1) if rank_samples % size == 0]
+    if device.type == "cuda":
+        # The model and its gradients are there while it is tried.
+        own = 2 * sum(parameter.nbytes for parameter in model.parameters())
+        spare = (1 - _USABLE) * torch.cuda.get_device_properties(device).total_memory
+        run = functools.partial(_run, model, seq_length=seq_length, max_predictions=max_predictions)
+        found = largest_that_runs(divisors, run, max(state_bytes - own, 0) + spare, device)
+        del model, run
+        release(device)
+        if found is None:
+            raise ConfigError(
+                f"--auto_micro_batch: one sequence does not fit beside {state_bytes / 2**30:.1f} "
+                f"GiB of weights, gradients and optimizer; {_ADVICE}"
+            )
+        return found
     low, high = (
         _step_bytes(model, probe, seq_length=seq_length, max_predictions=max_predictions)
         for probe in _PROBES
@@ -50,34 +69,52 @@ def largest_micro_batch(
     each = max(high - low, 1) / (_PROBES[1] - _PROBES[0])
     fixed = max(low - _PROBES[0] * each, 0)
     room = _USABLE * free_bytes(device) - state_bytes - fixed
-    divisors = [size for size in range(1, rank_samples + 1) if rank_samples % size == 0]
     fitting = [size for size in divisors if size * each <= room]
     if not fitting:
         raise ConfigError(
             f"--auto_micro_batch: a sequence takes {each / 2**20:.0f} MiB beside "
             f"{state_bytes / 2**30:.1f} GiB of weights, gradients and optimizer, which is more "
-            f"than the {free_bytes(device) / 2**30:.1f} GiB there are; try "
-            '"kernels": {"activation_checkpointing": true}, a higher ZeRO stage or shorter rows'
+            f"than the {free_bytes(device) / 2**30:.1f} GiB there are; {_ADVICE}"
         )
     return fitting[-1]
+
+
+def largest_that_runs(
+    sizes: Sequence[int], run: Callable[[int], None], reserved_bytes: float, device: torch.device
+) -> int | None:
+    """The last of ascending sizes that there is memory for; None where even the first is too large.
+
+    Args:
+        run: a forward and a backward pass.
+        reserved_bytes: memory that is taken away meanwhile.
+    """
+    found = None
+    try:
+        reserved = torch.empty(int(reserved_bytes), dtype=torch.uint8, device=device)
+        for size in sizes:
+            run(size)
+            found = size
+        del reserved
+    except torch.OutOfMemoryError:
+        pass
+    return found
+
+
+def _run(
+    model: BertForPreTraining, num_rows: int, *, seq_length: int, max_predictions: int
+) -> None:
+    """A forward and a backward pass."""
+    device = next(model.parameters()).device
+    batch = full_batch(num_rows, seq_length, max_predictions, model.config.vocab_size)
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    _forward(model, batch).backward()  # type: ignore[no-untyped-call]
 
 
 def _step_bytes(
     model: BertForPreTraining, num_rows: int, *, seq_length: int, max_predictions: int
 ) -> int:
-    """The most that a forward and backward pass holds, beside the weights and their gradients."""
-    device = next(model.parameters()).device
+    """What a forward pass keeps for the way back, beside the weights."""
     batch = full_batch(num_rows, seq_length, max_predictions, model.config.vocab_size)
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    if device.type == "cuda":
-        release(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        _forward(model, batch).backward()  # type: ignore[no-untyped-call]
-        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-        peak = torch.cuda.max_memory_allocated(device) - before - gradients
-        model.zero_grad(set_to_none=True)
-        return max(peak, 0)
     saved: dict[int, int] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
@@ -136,5 +173,6 @@ def release(device: torch.device) -> None:
 def builder(
     config: BertConfig, kernels: Kernels, *, nsp: bool, dtype: torch.dtype
 ) -> Callable[[], BertForPreTraining]:
-    """What makes the model to probe."""
-    return lambda: BertForPreTraining(config, kernels, nsp=nsp).to(dtype)
+    """What makes the model to probe; not compiled, which would take as long as the training."""
+    plain = dataclasses.replace(kernels, compile=False)
+    return lambda: BertForPreTraining(config, plain, nsp=nsp).to(dtype)

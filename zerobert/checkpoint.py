@@ -1,6 +1,7 @@
 """The model folder that pretraining writes and fine-tuning reads, in Hugging Face's format."""
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -22,6 +23,10 @@ from zerobert.errors import CheckpointError, ConfigError
 from zerobert.tokenizer import TOKENIZER_NAME, VOCAB_NAME, TextRules, WordPieceTokenizer
 
 WEIGHTS_NAME = "model.safetensors"
+_PICKLE_NAME = "pytorch_model.bin"
+# On the hub: whole, or in parts with an index.
+_WEIGHTS_PATTERNS = (WEIGHTS_NAME, f"{WEIGHTS_NAME}.index.json", "model-*.safetensors")
+_PICKLE_PATTERNS = (_PICKLE_NAME, f"{_PICKLE_NAME}.index.json", "pytorch_model-*.bin")
 # What a task adds on top of the encoder: may be missing from, or superfluous in, a folder.
 _TASK_HEADS = ("classifier.", "qa_outputs.")
 _HEADS = ("cls.", "bert.pooler.", *_TASK_HEADS)
@@ -30,6 +35,7 @@ _ARCHITECTURE = {
     "position_embedding_type": "absolute",
     "is_decoder": False,
     "add_cross_attention": False,
+    "tie_word_embeddings": True,
 }
 # Hugging Face has no such BERT, and would compute something else with the weights of one.
 _PRE_NORM_TYPE = "zerobert-pre-layer-norm"
@@ -48,6 +54,7 @@ _NORMALIZER_NAMES = {
 }
 # Rows that tensor cores like, which are no words: NVIDIA pads to 8, others up to 128.
 _ROW_MULTIPLE, _MAX_SPARE_ROWS = 8, 127
+_WORDS, _DECODER = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
 _BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")
 
 
@@ -100,6 +107,8 @@ def open_model(name_or_path: str) -> ModelFolder:
     names = {field.name for field in dataclasses.fields(BertConfig)}
     try:
         known = {key: value for key, value in raw.items() if key in names}
+        if known.get("hidden_act") == "gelu_python":  # the same function
+            known["hidden_act"] = "gelu"
         config = from_dict(BertConfig, known, f"{path}/config.json")
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
@@ -109,16 +118,22 @@ def open_model(name_or_path: str) -> ModelFolder:
                 f"{path}/config.json: {key} {raw[key]!r} is not served, only {wanted!r}; "
                 "choose a plain BERT encoder"
             )
-    labels = raw.get("id2label", {})
     tokenizer_class, text_rules = _tokenizer_settings(path)
     return ModelFolder(
         path=path,
         config=config,
-        labels=tuple(labels[key] for key in sorted(labels, key=int)),
+        labels=_labels(raw.get("id2label") or {}, f"{path}/config.json: id2label"),
         problem_type=str(raw.get("problem_type") or ""),
         text_rules=text_rules,
         tokenizer_class=tokenizer_class,
     )
+
+
+def _labels(found: Any, where: str) -> tuple[str, ...]:
+    """The names of classes in their order."""
+    if not isinstance(found, Mapping) or not all(key.isdecimal() for key in found):
+        raise CheckpointError(f'{where}: wanted {{"0": NAME, "1": NAME, ...}}, got {found!r}')
+    return tuple(str(found[key]) for key in sorted(found, key=int))
 
 
 def _tokenizer_settings(path: Path) -> tuple[str, TextRules]:
@@ -141,14 +156,17 @@ def _tokenizer_settings(path: Path) -> tuple[str, TextRules]:
 
 def _download(name: str) -> Path:
     try:
-        patterns = ["config.json", "*.safetensors", "pytorch_model.bin", VOCAB_NAME]
-        return Path(snapshot_download(name, allow_patterns=[*patterns, "tokenizer*.json"]))
+        patterns = ["config.json", VOCAB_NAME, "tokenizer*.json"]
+        path = Path(snapshot_download(name, allow_patterns=[*patterns, *_WEIGHTS_PATTERNS]))
+        if not _weight_files(path):
+            path = Path(snapshot_download(name, allow_patterns=[*patterns, *_PICKLE_PATTERNS]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{name!r} is neither a model folder here nor a model that could be fetched from the "
             f"Hugging Face hub ({type(error).__name__}); give the path of a folder with "
             f"config.json and {WEIGHTS_NAME}, or check the network"
         ) from error
+    return path
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -165,8 +183,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def version(path: Path) -> str:
     """The sha256 of a model folder's weights; empty where there are none."""
-    weights = [path / WEIGHTS_NAME, path / "pytorch_model.bin"]
-    return next((manifest.sha256_file(file) for file in weights if file.is_file()), "")
+    hashes = [manifest.sha256_file(file) for file in _weight_files(path)]
+    if len(hashes) < 2:
+        return "".join(hashes)
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def load_tokenizer(folder: ModelFolder) -> WordPieceTokenizer:
@@ -243,6 +263,7 @@ def load_weights(
     """
     found = {_standard_name(name): tensor for name, tensor in _read_weights(folder.path).items()}
     own = model.state_dict()
+    _check_tied(found, folder.path)
     missing = [name for name in own if name not in found]
     unknown = [name for name in found if name not in own and name not in _BUFFERS]
     if lost := [name for name in missing if not name.startswith(_HEADS)]:
@@ -264,23 +285,60 @@ def load_weights(
     return missing
 
 
+def _weight_files(path: Path) -> list[Path]:
+    """The files that hold a folder's weights: one, the parts that an index names, or none."""
+    for name in (WEIGHTS_NAME, _PICKLE_NAME):
+        if (path / name).is_file():
+            return [path / name]
+        index = path / f"{name}.index.json"
+        if index.is_file():
+            parts = _read_json(index).get("weight_map")
+            if not isinstance(parts, Mapping) or not all(
+                isinstance(part, str) and Path(part).name == part for part in parts.values()
+            ):
+                raise CheckpointError(f"{index}: wanted a weight_map of names to files beside it")
+            return [path / part for part in sorted(set(parts.values()))]
+    return []
+
+
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        if (path / WEIGHTS_NAME).is_file():
-            return load_file(path / WEIGHTS_NAME)
-        if (path / "pytorch_model.bin").is_file():
+    files = _weight_files(path)
+    if not files:
+        raise CheckpointError(f"{path} has no {WEIGHTS_NAME}: not a complete model folder")
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        try:
             # weights_only: a pickle from elsewhere must not run code.
-            weights: dict[str, Tensor] = torch.load(
-                path / "pytorch_model.bin", map_location="cpu", weights_only=True
+            weights |= (
+                load_file(file)
+                if file.suffix == ".safetensors"
+                else torch.load(file, map_location="cpu", weights_only=True)
             )
-            return weights
-    except (OSError, EOFError, PickleError, SafetensorError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the weights can't be read: {error}") from error
-    raise CheckpointError(f"{path} has no {WEIGHTS_NAME}: not a complete model folder")
+        except (
+            *(OSError, EOFError, PickleError, SafetensorError),
+            *(RuntimeError, TypeError, ValueError),  # TypeError: no mapping at all
+        ) as error:
+            raise CheckpointError(f"{file}: the weights can't be read: {error}") from error
+    return weights
+
+
+def _check_tied(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse a decoder of its own: here it is the word embeddings.
+
+    Raises:
+        CheckpointError: the folder has one.
+    """
+    decoder, words = (weights.get(name) for name in (_DECODER, _WORDS))
+    if decoder is not None and words is not None and not torch.equal(decoder, words):
+        raise CheckpointError(
+            f"{path}: {_DECODER} is not the word embeddings; only tied ones are served"
+        )
 
 
 def _standard_name(name: str) -> str:
     """Today's name of a weight: with the `bert.` prefix, LayerNorm's `gamma` and `beta` renamed."""
+    if name == "cls.predictions.decoder.bias":
+        return "cls.predictions.bias"
     if not name.startswith(("bert.", *_HEADS)):
         name = f"bert.{name}"
     return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))

@@ -174,6 +174,11 @@ class BertConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+        if not 0 <= self.pad_token_id < self.vocab_size:
+            raise ConfigError(
+                f"pad_token_id: wanted a word below vocab_size {self.vocab_size}, "
+                f"got {self.pad_token_id}"
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} can't be divided among "

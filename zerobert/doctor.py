@@ -9,6 +9,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 if not __package__:
@@ -81,6 +82,11 @@ def advice(
         lines.append(
             "the installed package apex is not NVIDIA's but an unrelated one of that name: "
             "pip uninstall apex"
+        )
+    elif find_version("apex") is not None and not find_spec("fused_layer_norm_cuda"):
+        lines.append(
+            "apex is installed without its CUDA extensions and serves nothing: "
+            f"{_ON_GPU['apex'][1]}"
         )
     if shutil.which("g++") is None:
         lines.append(

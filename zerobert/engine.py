@@ -319,6 +319,7 @@ class Engine:
         config = _completed(ds_config, optimizer)
         self._stage = config.get("zero_optimization", {}).get("stage", 0)
         self._precision = precision(config)
+        self._is_autocast = computes_in(config) != self._precision
         # At stage 3 a parameter's shape is gone once DeepSpeed has it. What the state dict leaves
         # out at the end of a tensor is padding.
         self._rows = {name: len(tensor) for name, tensor in model.state_dict().items()}
@@ -467,6 +468,11 @@ class Engine:
     def forward(self, **batch: Tensor) -> Any:
         """The model's own forward."""
         return self._engine(**batch)
+
+    def evaluate(self, **batch: Tensor) -> Any:
+        """The model's forward outside of training, in the precision that it trains in."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._is_autocast):
+            return self.module(**batch)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of this rank's share of the step's loss.

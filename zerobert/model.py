@@ -24,7 +24,7 @@ from zerobert.config import BertConfig
 from zerobert.kernels import Kernels, Ops, dropout
 from zerobert.kernels.attention import Layout, Packing
 from zerobert.kernels.cross_entropy import IGNORED_LABEL
-from zerobert.packing import NUM_SHAPES, pack
+from zerobert.packing import NUM_COMPILED_SHAPES, pack
 
 # Matrix products are at full speed where every side is a multiple of this.
 _VOCAB_MULTIPLE = 8
@@ -182,7 +182,7 @@ def _compiled(layer: nn.Module) -> Callable[[Tensor, Layout, Ops], Tensor]:
     """A layer through torch.compile, for as many shapes as packing gives; all layers share them."""
     from torch._dynamo import config  # here: to load the compiler takes seconds
 
-    config.recompile_limit = max(config.recompile_limit, 2 * NUM_SHAPES)
+    config.recompile_limit = max(config.recompile_limit, 4 * NUM_COMPILED_SHAPES)
     compiled: Callable[[Tensor, Layout, Ops], Tensor] = torch.compile(
         layer.forward, dynamic=False, fullgraph=True
     )
@@ -217,6 +217,7 @@ class Bert(nn.Module):
         super().__init__()
         self.kernels = kernels
         self.dropout_p = config.attention_probs_dropout_prob
+        self.head_width = config.hidden_size // config.num_attention_heads
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config, kernels)
         if pooler:
@@ -242,11 +243,21 @@ class Bert(nn.Module):
         layout = Layout(input_mask_BS.bool(), packing)
         return Encoded(self.encoder(x_XH, layout, ops), starts_B)
 
-    def pack(self, input_mask_BS: Tensor) -> Packing | None:
-        """The packing of a batch, where padding is to be left out; a GPU is waited for."""
-        if not self.kernels.packing:
+    def packing(
+        self, input_mask_BS: Tensor, places: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Packing | None:
+        """The packing of a batch, where padding is to be left out.
+
+        Args:
+            places, cu_seqlens: what the batch brought along; where they are None a GPU is waited
+                for.
+        """
+        if self.kernels.num_shapes is None:
             return None
-        return Packing(*(part.to(input_mask_BS.device) for part in pack(input_mask_BS)))
+        if places is not None and cu_seqlens is not None:
+            return Packing(places, cu_seqlens)
+        packing = pack(input_mask_BS, self.kernels.num_shapes)
+        return Packing(*(part.to(input_mask_BS.device) for part in packing))
 
     def ops(self) -> Ops:
         """The implementations for the device and precision that the weights are in now."""
@@ -255,7 +266,9 @@ class Bert(nn.Module):
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         dropout_p = self.dropout_p if self.training else 0.0
-        return choices.select(self.kernels, device, dtype, dropout_p=dropout_p)
+        return choices.select(
+            self.kernels, device, dtype, dropout_p=dropout_p, head_width=self.head_width
+        )
 
     def pool(self, encoded: Encoded) -> Tensor:
         """The pooled [CLS], BH."""
@@ -362,13 +375,9 @@ class BertForPreTraining(nn.Module):
         rows only. A position of 0 is padding of the list of predictions.
 
         Args:
-            places, cu_seqlens: the batch's packing; made here where it is not given.
+            places, cu_seqlens: the batch's packing; see `Bert.packing`.
         """
-        packing = (
-            self.bert.pack(input_mask)
-            if places is None or cu_seqlens is None
-            else Packing(places, cu_seqlens)
-        )
+        packing = self.bert.packing(input_mask, places, cu_seqlens)
         encoded = self.bert(input_ids, input_mask, segment_ids, packing)
         x_RH = encoded.at(masked_lm_positions).flatten(0, 1)
         labels_R = masked_lm_ids.masked_fill(masked_lm_positions == 0, IGNORED_LABEL).flatten()
@@ -416,10 +425,15 @@ class BertForSequenceClassification(nn.Module):
         initialize(self, config.initializer_range)
 
     def forward(
-        self, input_ids_BS: Tensor, input_mask_BS: Tensor, segment_ids_BS: Tensor
+        self,
+        input_ids_BS: Tensor,
+        input_mask_BS: Tensor,
+        segment_ids_BS: Tensor,
+        places: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Logits BC."""
-        packing = self.bert.pack(input_mask_BS)
+        """Logits BC; for the packing see `Bert.packing`."""
+        packing = self.bert.packing(input_mask_BS, places, cu_seqlens)
         encoded = self.bert(input_ids_BS, input_mask_BS, segment_ids_BS, packing)
         logits_BC: Tensor = self.classifier(_drop(self, self.bert.pool(encoded)))
         return logits_BC
@@ -436,14 +450,19 @@ class BertForQuestionAnswering(nn.Module):
         initialize(self, config.initializer_range)
 
     def forward(
-        self, input_ids_BS: Tensor, input_mask_BS: Tensor, segment_ids_BS: Tensor
+        self,
+        input_ids_BS: Tensor,
+        input_mask_BS: Tensor,
+        segment_ids_BS: Tensor,
+        places: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logits of an answer's start and of its end, BS each; padding has the least there are.
 
         So padding has no part in the softmax, and the width of a batch does not matter. Hugging
         Face and google-research/bert let it have one.
         """
-        packing = self.bert.pack(input_mask_BS)
+        packing = self.bert.packing(input_mask_BS, places, cu_seqlens)
         encoded = self.bert(input_ids_BS, input_mask_BS, segment_ids_BS, packing)
         logits_X2: Tensor = self.qa_outputs(encoded.x_XH)
         if packing is not None:

@@ -353,6 +353,7 @@ def check_values(
         if array.size and array.view(f"u{array.itemsize}").max() > high:
             refuse(array, (array < 0) | (array > high), f"{name} wanted 0 to {high}")
     mask = arrays["input_mask"]
+    refuse(mask[:, :1], mask[:, :1] == 0, "input_mask wanted a token in each row")
     refuse(mask[:, 1:], mask[:, 1:] > mask[:, :-1], "input_mask wanted ones, then zeros")
     positions = arrays["masked_lm_positions"]
     hidden = (positions[:, 1:] > 0) & (positions[:, :-1] == 0)

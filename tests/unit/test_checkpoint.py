@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -180,6 +181,37 @@ def test_a_real_checkpoint_computes_the_same_and_goes_back_unchanged(
     for name, tensor in load_file(real_checkpoint / "model.safetensors").items():
         if name != "embeddings.position_ids":
             assert torch.equal(again[f"bert.{name}"], tensor)
+
+
+def test_a_real_checkpoint_with_heads_has_transformers_logits_and_losses(
+    real_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = open_model(str(real_checkpoint))
+    torch.manual_seed(0)
+    ours = BertForPreTraining(folder.config).eval()
+    load_weights(ours, folder)
+    checkpoint.save_model(
+        *(tmp_path / "model", ours.state_dict(), folder.config, load_tokenizer(folder)),
+        card="# A card\n",
+        source={},
+        inputs={},
+    )
+    theirs = transformers.BertForPreTraining.from_pretrained(tmp_path / "model").eval()
+    ids = torch.randint(1000, folder.config.vocab_size, (3, 24))
+    mask = (torch.arange(24) < torch.tensor([24, 9, 17])[:, None]).long()
+    segments = (torch.arange(24) > 5).long().expand(3, -1) * mask
+    positions, answers = torch.tensor([[1, 7], [3, 0], [4, 16]]), torch.randint(1000, 2000, (3, 2))
+    labels = torch.full_like(ids, -100).scatter(1, positions, answers)
+    labels[:, 0] = -100
+    nsp_labels = torch.tensor([0, 1, 1])
+    wanted = theirs(ids, mask, segments, labels=labels, next_sentence_label=nsp_labels)
+    mlm_BSV, nsp_B2 = ours.logits(ids, mask, segments)
+    kept = mask.bool()
+    torch.testing.assert_close(mlm_BSV[kept], wanted.prediction_logits[kept], atol=1e-5, rtol=0)
+    torch.testing.assert_close(nsp_B2, wanted.seq_relationship_logits, atol=1e-5, rtol=0)
+    losses = ours(ids, mask, segments, positions, answers * (positions > 0), nsp_labels)
+    loss = losses.mlm_loss_sum / 5 + losses.nsp_loss_sum / 3
+    torch.testing.assert_close(loss, wanted.loss, atol=1e-5, rtol=0)
 
 
 def test_a_folder_has_these_files_and_a_manifest_that_holds(tmp_path: Path) -> None:
@@ -386,6 +418,38 @@ def test_old_names_and_old_pickles_are_understood(tmp_path: Path) -> None:
         assert torch.equal(weight, other.state_dict()[name]), name
 
 
+def test_weights_in_parts_are_read_by_their_index(tmp_path: Path) -> None:
+    theirs = hugging_face(transformers.BertForPreTraining)
+    theirs.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    ours = BertForPreTraining(CONFIG)
+    assert load_weights(ours, open_model(str(tmp_path))) == []
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(weight, theirs.state_dict()[name]), name
+    before = checkpoint.version(tmp_path)
+    assert len(before) == 64
+    part = sorted(tmp_path.glob("model-*.safetensors"))[-1]
+    part.write_bytes(part.read_bytes() + b" ")
+    assert checkpoint.version(tmp_path) != before
+
+
+def test_a_decoder_s_bias_is_the_head_s(tmp_path: Path) -> None:
+    ours = make_model()
+    folder = save(tmp_path / "model", ours)
+    (folder / "manifest.json").unlink()
+
+    def rename(weights: dict[str, Tensor]) -> None:
+        weights["cls.predictions.decoder.bias"] = weights.pop("cls.predictions.bias")
+        weights["cls.predictions.decoder.weight"] = weights[
+            "bert.embeddings.word_embeddings.weight"
+        ].clone()
+
+    edit_weights(rename)(folder)
+    other = BertForPreTraining(CONFIG)
+    assert load_weights(other, open_model(str(folder))) == []
+    assert torch.equal(other.mlm_head.bias, ours.mlm_head.bias)
+
+
 def test_another_task_s_classifier_is_left_out(tmp_path: Path) -> None:
     save(tmp_path / "model", BertForSequenceClassification(CONFIG, 3), labels=("a", "b", "c"))
     opened = open_model(str(tmp_path / "model"))
@@ -423,6 +487,21 @@ def pickle_only(data: bytes) -> Callable[[Path], None]:
     return apply
 
 
+def pickled(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def index_only(index: dict[str, object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "elsewhere")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return apply
+
+
+PART = "part-1.safetensors"
 QUERY = "bert.encoder.layer.1.attention.self.query.weight"
 DAMAGES: list[tuple[str, Callable[[Path], object]]] = [
     ("wanted model_type 'bert', got 'roberta'", edit_config(model_type="roberta")),
@@ -451,6 +530,17 @@ DAMAGES: list[tuple[str, Callable[[Path], object]]] = [
     ("weights can't be read", lambda folder: os.truncate(folder / "model.safetensors", 999)),
     ("has no model.safetensors", lambda folder: (folder / "model.safetensors").unlink()),
     ("weights can't be read", pickle_only(b"")),
+    ("weights can't be read", pickle_only(pickled([1, 2]))),
+    ("tie_word_embeddings False is not served", edit_config(tie_word_embeddings=False)),
+    (
+        "cls.predictions.decoder.weight is not the word embeddings",
+        edit_weights(lambda w: w.update({"cls.predictions.decoder.weight": torch.zeros(22, 24)})),
+    ),
+    (r'id2label: wanted \{"0": NAME, .*got \[1\]', edit_config(id2label=[1])),
+    ("id2label: wanted", edit_config(id2label={"first": "a"})),
+    ("pad_token_id: wanted a word below vocab_size 22, got 22", edit_config(pad_token_id=22)),
+    ("index.json: wanted a weight_map", index_only({"weight_map": {"a": "../b.safetensors"}})),
+    ("part-1.safetensors: the weights can't be read", index_only({"weight_map": {"a": PART}})),
     ("weights can't be read", pickle_only(b"c__builtin__\nprint\n(S'ran'\ntR.")),  # would run code
 ]
 
@@ -580,15 +670,20 @@ def test_a_hub_name_is_fetched_where_there_is_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hugging_face(transformers.BertForPreTraining).save_pretrained(tmp_path / "snapshot")
-    asked = []
+    asked: list[list[str]] = []
 
-    def fetch(name: str, **_: object) -> str:
-        asked.append(name)
+    def fetch(name: str, *, allow_patterns: list[str]) -> str:
+        assert name == "some/bert"
+        asked.append(allow_patterns)
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr(checkpoint, "snapshot_download", fetch)
     assert open_model("some/bert").config == CONFIG
-    assert asked == ["some/bert"]
+    assert len(asked) == 1
+    assert "pytorch_model.bin" not in asked[0]
+    (tmp_path / "snapshot" / "model.safetensors").unlink()
+    open_model("some/bert")
+    assert "pytorch_model.bin" in asked[-1]
 
 
 def complete(folder: Path, *, at: int) -> Path:

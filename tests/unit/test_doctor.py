@@ -28,7 +28,12 @@ def test_an_apex_that_is_not_nvidias_is_named(monkeypatch: pytest.MonkeyPatch) -
     assert any("pip uninstall apex" in line for line in doctor.advice(lambda name: "0.9"))
     nvidia = [PurePosixPath(f"apex/{name}/__init__.py") for name in ("optimizers", "normalization")]
     monkeypatch.setattr(importlib.metadata, "files", lambda name: nvidia)
+    monkeypatch.setattr(doctor, "find_spec", lambda name: object())
     assert not any("apex" in line for line in doctor.advice(lambda name: "0.1"))
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    (line,) = (line for line in doctor.advice(lambda name: "0.1") if "apex" in line)
+    assert "without its CUDA extensions" in line
+    assert "APEX_CUDA_EXT=1" in line
 
 
 def test_the_machine_names_its_packages() -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from zerobert.packing import pack
+from zerobert.packing import NUM_COMPILED_SHAPES, NUM_SHAPES, pack
 
 
 def test_places_and_starts() -> None:
@@ -29,6 +29,23 @@ def test_the_number_of_tokens_is_round_and_every_place_is_there_once() -> None:
         assert not mask.flatten()[packing.places_T[num_tokens:]].any()
         assert packing.cu_seqlens.tolist() == [0, *lengths.cumsum(0), len(packing.places_T)]
     assert len(sizes) < 20
+
+
+def test_what_is_filled_up_at_the_end_is_in_parts_no_longer_than_a_row() -> None:
+    """Kernels are told how long a row is at most, and leave what is longer as it was."""
+    torch.manual_seed(0)
+    for num_shapes in (NUM_SHAPES, NUM_COMPILED_SHAPES):
+        counts = set()
+        for _ in range(50):
+            mask = (torch.arange(16) < torch.randint(1, 17, (100, 1))).long()
+            packing = pack(mask, num_shapes)
+            lengths = packing.cu_seqlens.diff()
+            assert torch.equal(lengths[:100], mask.sum(1).int())
+            assert 0 <= lengths.min() <= lengths.max() <= 16
+            assert packing.cu_seqlens[-1] == len(packing.places_T)
+            assert len(packing.places_T) % (100 * 16 // num_shapes) in (0, 100 * 16 % num_shapes)
+            counts.add(len(packing.cu_seqlens))
+        assert len(counts) == 1  # one shape, for compiled code
 
 
 def test_a_full_batch_keeps_all_places() -> None:

@@ -226,6 +226,12 @@ def test_good_values_pass() -> None:
         ("input_ids", (1, 1), 8, "x: input_ids wanted 0 to 7, got 8 in row 1 (1 such values)"),
         ("input_ids", (1, 1), -1, "x: input_ids wanted 0 to 7, got -1 in row 1"),
         ("input_mask", (2, 0), 2, "x: input_mask wanted 0 to 1, got 2 in row 2"),
+        (
+            "input_mask",
+            (2, slice(None)),
+            0,
+            "x: input_mask wanted a token in each row, got 0 in row 2",
+        ),
         ("input_mask", (2, 3), 0, "x: input_mask wanted ones, then zeros, got 1 in row 2"),
         ("segment_ids", (0, 5), -1, "x: segment_ids wanted 0 to 1, got -1"),
         ("masked_lm_positions", (0, 1), 8, "x: masked_lm_positions wanted 0 to 7, got 8"),

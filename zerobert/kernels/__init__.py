@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from zerobert.errors import ConfigError, MissingDependencyError
-from zerobert.kernels import attention, cross_entropy, lamb, layer_norm, native
+from zerobert.kernels import attention, cross_entropy, lamb, layer_norm, native, trial
 from zerobert.page import Table, format_table
 
 _16_BITS = (torch.bfloat16, torch.float16)
@@ -39,6 +39,15 @@ class Kernels:
     activation_checkpointing: bool = False
     compile: bool = False
 
+    @property
+    def num_shapes(self) -> int | None:
+        """How many numbers of tokens packed batches may have; None where padding is computed."""
+        from zerobert.packing import NUM_COMPILED_SHAPES, NUM_SHAPES  # which imports this package
+
+        if not self.packing:
+            return None
+        return NUM_COMPILED_SHAPES if self.compile else NUM_SHAPES
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
@@ -50,11 +59,17 @@ class Choice:
 
 
 def choose(
-    kernels: Kernels, device: torch.device, dtype: torch.dtype, *, dropout_p: float
+    kernels: Kernels,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    dropout_p: float,
+    head_width: int = 64,
 ) -> dict[str, Choice]:
-    """What each op uses.
+    """What each op uses. On a GPU, kernels that torch does not vouch for are tried out first.
 
     Args:
+        dtype: what the products are computed in.
         dropout_p: of the attention weights.
 
     Raises:
@@ -62,7 +77,7 @@ def choose(
         MissingDependencyError: its package is missing.
     """
     choices = [
-        _attention(kernels, device, dtype, dropout_p),
+        _attention(kernels, device, dtype, dropout_p, head_width),
         _projections(kernels, device),
         _layer_norm(kernels, device, dtype),
         _dropout(device),
@@ -98,9 +113,16 @@ class Ops(NamedTuple):
 
 
 @functools.cache
-def select(kernels: Kernels, device: torch.device, dtype: torch.dtype, *, dropout_p: float) -> Ops:
+def select(
+    kernels: Kernels,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    dropout_p: float,
+    head_width: int,
+) -> Ops:
     """The implementations themselves; see `choose`."""
-    chosen = choose(kernels, device, dtype, dropout_p=dropout_p)
+    chosen = choose(kernels, device, dtype, dropout_p=dropout_p, head_width=head_width)
     return Ops(
         attention.IMPLEMENTATIONS[chosen["attention"].chosen],
         chosen["projections"].chosen == "fused",
@@ -113,19 +135,19 @@ _ASKED = "asked for in the configuration"
 
 
 def _attention(
-    kernels: Kernels, device: torch.device, dtype: torch.dtype, dropout_p: float
+    kernels: Kernels, device: torch.device, dtype: torch.dtype, dropout_p: float, head_width: int
 ) -> Choice:
     asked = kernels.attention
     if asked != "auto":
         refusal = asked in ("flash", "varlen", "native") and _packed_refusal(
-            asked, kernels, device, dtype, dropout_p
+            asked, kernels, device, dtype, dropout_p, head_width
         )
         if refusal:
             raise refusal
         return Choice(op="attention", chosen=asked, reason=_ASKED)
     reasons = []
     for name in ("flash", "varlen") if device.type == "cuda" else ("native",):
-        refusal = _packed_refusal(name, kernels, device, dtype, dropout_p)
+        refusal = _packed_refusal(name, kernels, device, dtype, dropout_p, head_width)
         if refusal is None:
             return Choice(op="attention", chosen=name, reason="fused, without padding")
         reasons.append(str(refusal))
@@ -142,7 +164,12 @@ def _attention(
 
 
 def _packed_refusal(
-    name: str, kernels: Kernels, device: torch.device, dtype: torch.dtype, dropout_p: float
+    name: str,
+    kernels: Kernels,
+    device: torch.device,
+    dtype: torch.dtype,
+    dropout_p: float,
+    head_width: int,
 ) -> ConfigError | MissingDependencyError | None:
     """Why an implementation without padding can't serve."""
     where = f"kernels.attention {name!r}"
@@ -159,9 +186,11 @@ def _packed_refusal(
             f"{where} needs flash-attn: pip install flash-attn --no-build-isolation"
         )
     if name == "varlen" and attention.VARLEN_KERNEL is None:
-        return MissingDependencyError(f"{where} needs torch 2.10 or newer")
-    if name == "varlen" and dropout_p > 0:
-        return ConfigError(f"{where} has no dropout; set attention_probs_dropout_prob to 0")
+        return MissingDependencyError(f"{where} needs a torch that has flash attention")
+    if name != "native" and (
+        failure := trial.attention_failure(name, device, dtype, head_width, dropout_p)
+    ):
+        return ConfigError(f"{where} {failure}")
     return None
 
 
@@ -202,6 +231,12 @@ def _layer_norm(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> C
     refusal = _native_refusal("kernels.layer_norm 'native'", kernels, device, dtype)
     if kernels.layer_norm == "native" and refusal is not None:
         raise refusal
+    if (
+        device.type == "cuda"
+        and kernels.layer_norm in ("apex", "triton")
+        and (failure := trial.layer_norm_failure(kernels.layer_norm, device, dtype))
+    ):
+        raise ConfigError(f"kernels.layer_norm {kernels.layer_norm!r} {failure}")
     if kernels.layer_norm != "auto":
         return Choice(op="layer norm", chosen=kernels.layer_norm, reason=_ASKED)
     if device.type == "cpu":
@@ -209,7 +244,12 @@ def _layer_norm(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> C
             reason = "dropout and residual in the same pass"
             return Choice(op="layer norm", chosen="native", reason=reason)
         return Choice(op="layer norm", chosen="torch", reason=f"torch's own kernel; {refusal}")
-    chosen, reason = ("apex", "fused both ways") if has_apex else ("torch", "torch's own kernel")
+    chosen, reason = "torch", "torch's own kernel"
+    if has_apex:
+        failure = trial.layer_norm_failure("apex", device, dtype)
+        chosen, reason = (
+            ("torch", f"{reason}; apex's {failure}") if failure else ("apex", "fused both ways")
+        )
     reason += "; 'triton' would fuse dropout and residual too, but is not measured on a device yet"
     return Choice(op="layer norm", chosen=chosen, reason=reason)
 

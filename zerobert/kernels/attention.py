@@ -20,14 +20,11 @@ try:
     from flash_attn import flash_attn_varlen_func as _flash
 except ImportError:
     _flash = None
-try:
-    from torch.nn.attention.varlen import varlen_attn as _varlen
-except ImportError:
-    _varlen = None  # type: ignore[assignment]
 
 # None where it is not installed.
 FLASH_KERNEL: Any = _flash
-VARLEN_KERNEL: Any = _varlen
+# What torch.nn.attention.varlen calls, which leaves dropout out.
+VARLEN_KERNEL: Any = getattr(torch.ops.aten, "_flash_attention_forward", None)
 
 
 class Packing(NamedTuple):
@@ -36,8 +33,8 @@ class Packing(NamedTuple):
     Attributes:
         places_T: the token's place in the flattened batch. Tokens of a row are neighbours, rows are
             in order; at the end may be a few places of padding, which nobody reads.
-        cu_seqlens: [B + 2], where each row starts among the tokens, and where the padding starts
-            and ends; int32.
+        cu_seqlens: [B + 1 or more], where each row starts among the tokens, and where the padding
+            starts and ends, in parts that are no longer than a row; int32.
     """
 
     places_T: Tensor
@@ -94,15 +91,16 @@ def flash(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, layout: Layout, dropout_p
 
 
 def varlen(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, layout: Layout, dropout_p: float) -> Tensor:
-    """The same over packed tokens by torch's `varlen_attn`; 16 bits, CUDA and no dropout only.
+    """The same over packed tokens by torch's own build of flash-attn; 16 bits and CUDA only.
 
-    Written after its documentation; it has not run on a device yet.
+    Written after torch's source; it has not run on a device yet.
     """
-    assert dropout_p == 0.0
     if layout.packing is None:
         return sdpa(q_TND, k_TND, v_TND, layout, dropout_p)
     starts, longest = layout.packing.cu_seqlens, layout.keep_BS.shape[1]
-    mixed_TND: Tensor = VARLEN_KERNEL(q_TND, k_TND, v_TND, starts, starts, longest, longest)
+    mixed_TND: Tensor = VARLEN_KERNEL(
+        *(q_TND, k_TND, v_TND, starts, starts, longest, longest, dropout_p, False, False)
+    )[0]
     return mixed_TND
 
 

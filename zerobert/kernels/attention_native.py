@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from zerobert.kernels import native
+from zerobert.kernels import dropout, native
 
 
 def attend(
@@ -20,7 +20,7 @@ def attend(
         starts: int32 [rows + 1], each row's first token, and the last one's end.
         longest: tokens of a row, at most.
     """
-    threshold = native.threshold(dropout_p)
+    threshold = dropout.threshold(dropout_p)
     drop = (threshold, native.new_seed() if threshold else 0)
     mixed_TND: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
         q_TND, k_TND, v_TND, starts, longest, drop

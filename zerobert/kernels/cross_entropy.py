@@ -32,15 +32,15 @@ def chunked(x_RH: Tensor, weight_VH: Tensor, bias_V: Tensor, labels_R: Tensor) -
 
     Source of the idea: Hsu et al. 2024, Liger Kernel (arXiv:2410.10989).
     """
-    if torch.is_grad_enabled():
+    device = x_RH.device.type
+    if torch.is_autocast_enabled(device):  # the products below are none of those that it casts
+        dtype = torch.get_autocast_dtype(device)
+        x_RH, weight_VH = x_RH.to(dtype), weight_VH.to(dtype)
+    with torch.autocast(device, enabled=False):
         loss: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
-            x_RH, weight_VH, bias_V, labels_R
+            x_RH, weight_VH, bias_V.to(weight_VH.dtype), labels_R
         )
-        return loss
-    chunks = _chunks(x_RH, weight_VH)
-    return torch.stack(
-        [plain(x_RH[rows], weight_VH, bias_V, labels_R[rows]) for rows in chunks]
-    ).sum()
+    return loss
 
 
 def _chunks(x_RH: Tensor, weight_VH: Tensor) -> list[slice]:

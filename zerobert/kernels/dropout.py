@@ -13,6 +13,11 @@ from torch import Tensor
 LEVELS = 1 << 16
 
 
+def threshold(p: float) -> int:
+    """How many of `LEVELS` values are dropped; of probabilities below 1 never all."""
+    return min(round(p * LEVELS), LEVELS - 1)
+
+
 def plain(x: Tensor, p: float) -> Tensor:
     """Torch's own."""
     return F.dropout(x, p)
@@ -36,10 +41,10 @@ def drop(x: Tensor, p: float) -> Tensor:
 class _WordDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        threshold = round(p * LEVELS)
-        ctx.scale = LEVELS / (LEVELS - threshold)
+        num_dropped = threshold(p)
+        ctx.scale = LEVELS / (LEVELS - num_dropped)
         draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None)
-        keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= threshold - LEVELS // 2
+        keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= num_dropped - LEVELS // 2
         ctx.save_for_backward(keep)
         return torch.where(keep, x, x.new_zeros(())).mul_(ctx.scale)
 

@@ -17,7 +17,8 @@ try:
 except ImportError:
     _apex = None
 
-APEX_KERNEL: Any = _apex  # None where it is not installed
+# None where it is not installed, or without its CUDA part, which it imports at the first call.
+APEX_KERNEL: Any = _apex if importlib.util.find_spec("fused_layer_norm_cuda") else None
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 

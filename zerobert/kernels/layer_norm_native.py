@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
-from zerobert.kernels import native
+from zerobert.kernels import dropout, native
 
 
 def normalize(
     x_XH: Tensor, norm: nn.LayerNorm, residual_XH: Tensor | None, dropout_p: float
 ) -> Tensor:
     """What is normalised, XH."""
-    threshold = native.threshold(dropout_p)
+    threshold = dropout.threshold(dropout_p)
     drop = (threshold, native.new_seed() if threshold else 0)
     if residual_XH is not None and residual_XH.dtype != x_XH.dtype:  # under autocast
         dtype = torch.promote_types(x_XH.dtype, residual_XH.dtype)

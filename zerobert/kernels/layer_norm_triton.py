@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Decisions have 16 bits, as in `dropout.words`.
-_LEVELS = 1 << 16
-_LEVELS_IN_KERNELS = tl.constexpr(_LEVELS)
+from zerobert.kernels import dropout
+
+_LEVELS_IN_KERNELS = tl.constexpr(dropout.LEVELS)
 # Rows that one processor works on at a time in the backward pass: enough to hide the memory's
 # latency, few enough that their partial sums stay small.
 _PROGRAMS_PER_PROCESSOR = 4
@@ -31,7 +31,7 @@ def normalize(
     # From the CPU's generator: nothing waits for the device, and checkpointing restores it.
     seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if dropout_p > 0 else 0
     normal_XH: Tensor = _LayerNorm.apply(  # type: ignore[no-untyped-call]
-        x_XH, residual_XH, norm.weight, norm.bias, norm.eps, round(dropout_p * _LEVELS), seed
+        x_XH, residual_XH, norm.weight, norm.bias, norm.eps, dropout.threshold(dropout_p), seed
     )
     return normal_XH
 

@@ -131,7 +131,8 @@ def test_width_is_a_multiple_of_eight_within_the_limit(longest: int, width: int)
         labels=None,
         max_seq_length=20,
     )
-    ids, mask, segments = split.inputs(np.array([1, 0]), CPU).values()
+    ids, mask, segments, places, _ = split.inputs(np.array([1, 0]), CPU).values()
+    assert len(places) >= longest + 3
     assert ids.shape == mask.shape == segments.shape == (2, width)
     assert ids[1].tolist() == [7] * 3 + [0] * (width - 3)
     assert mask.sum(1).tolist() == [longest, 3]

@@ -71,12 +71,15 @@ def test_fused_packed_attention_agrees_on_a_gpu(name: str) -> None:
     if kernel is None:
         pytest.skip(f"the package of {name} is not installed")
     torch.manual_seed(0)
-    mask = (torch.arange(128) < torch.tensor([128, 70, 1, 99])[:, None]).long()
-    qkv = torch.randn(4, 128, 3, 2, 64, device="cuda", dtype=torch.bfloat16)
+    lengths = torch.randint(1, 129, (64, 1))  # more than 32 rows: padding longer than one
+    mask = (torch.arange(128) < lengths).long()
+    qkv = torch.randn(64, 128, 3, 2, 64, device="cuda", dtype=torch.bfloat16)
     packing = attention.Packing(*(part.cuda() for part in pack(mask)))
     tokens = qkv.flatten(0, 1)[packing.places_T].requires_grad_()
     layout = Layout(mask.bool().cuda(), packing)
     num_tokens = int(mask.sum())
+    dropped = attention.IMPLEMENTATIONS[name](*tokens.unbind(-3), layout, 0.1)
+    assert torch.autograd.grad(dropped.float().square().sum(), tokens)[0].isfinite().all()
     results = []
     for attend in (attention.plain, attention.IMPLEMENTATIONS[name]):
         out = attend(*tokens.unbind(-3), layout, 0.0)[:num_tokens]

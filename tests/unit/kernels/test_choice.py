@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from zerobert.errors import ConfigError, MissingDependencyError
-from zerobert.kernels import Kernels, attention, choose, format_choices, layer_norm, native
+from zerobert.kernels import (
+    Kernels,
+    attention,
+    choose,
+    format_choices,
+    layer_norm,
+    native,
+    trial,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -47,18 +55,31 @@ def test_on_a_cpu_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
             choose(asked, CPU, torch.float32, dropout_p=0.1)
 
 
-def test_on_cuda_it_depends_on_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def trials(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What trials on a GPU find, by the kernel's name; nothing, where a test says nothing else."""
+    failures: dict[str, str] = {}
+    for name in ("attention_failure", "layer_norm_failure"):
+        monkeypatch.setattr(trial, name, lambda kernel, *_: failures.get(kernel))
+    return failures
+
+
+def test_on_cuda_it_depends_on_what_is_installed(
+    monkeypatch: pytest.MonkeyPatch, trials: dict[str, str]
+) -> None:
+    trials["varlen"] = "differs from the plain one"
     monkeypatch.setattr(attention, "FLASH_KERNEL", None)
     monkeypatch.setattr(attention, "VARLEN_KERNEL", object())
     monkeypatch.setattr(layer_norm, "APEX_KERNEL", None)
     found = choose(Kernels(), CUDA, torch.bfloat16, dropout_p=0.1)
     assert found["attention"].chosen == "sdpa"
     assert "pip install flash-attn" in found["attention"].reason
-    assert "no dropout" in found["attention"].reason
+    assert "differs" in found["attention"].reason
     assert found["cross entropy"].chosen == "chunked"
     assert found["projections"].chosen == "fused"
     assert chosen(Kernels(), CUDA, torch.float16, 0.1)["cross entropy"] == "plain"
-    assert chosen(Kernels(), CUDA, torch.bfloat16, 0.0)["attention"] == "varlen"
+    del trials["varlen"]
+    assert chosen(Kernels(), CUDA, torch.bfloat16, 0.1)["attention"] == "varlen"
     monkeypatch.setattr(attention, "FLASH_KERNEL", object())
     monkeypatch.setattr(layer_norm, "APEX_KERNEL", object())
     everything = chosen(Kernels(), CUDA, torch.bfloat16, 0.1)
@@ -71,7 +92,6 @@ def test_on_cuda_it_depends_on_what_is_installed(monkeypatch: pytest.MonkeyPatch
     ("kernels", "device", "dtype", "error", "message"),
     [
         (Kernels(attention="flash"), CPU, torch.bfloat16, ConfigError, "on CUDA only"),
-        (Kernels(attention="varlen"), CUDA, torch.bfloat16, ConfigError, "has no dropout"),
         (
             *(Kernels(attention="varlen", packing=False), CUDA, torch.bfloat16),
             *(ConfigError, r"needs kernels\.packing"),
@@ -107,6 +127,22 @@ def test_what_cannot_serve_is_refused_by_name(
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(error, match=message):
         choose(kernels, device, dtype, dropout_p=0.1)
+
+
+def test_a_kernel_that_fails_its_trial_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, trials: dict[str, str]
+) -> None:
+    for module, name in ((attention, "FLASH_KERNEL"), (layer_norm, "APEX_KERNEL")):
+        monkeypatch.setattr(module, name, object())
+    monkeypatch.setattr(layer_norm, "HAS_TRITON", True)
+    trials.update(flash="fails on this device", varlen="fails", apex="differs", triton="differs")
+    found = choose(Kernels(), CUDA, torch.bfloat16, dropout_p=0.1)
+    assert (found["attention"].chosen, found["layer norm"].chosen) == ("sdpa", "torch")
+    assert "kernels.attention 'flash' fails on this device" in found["attention"].reason
+    assert "apex's differs" in found["layer norm"].reason
+    for asked in (Kernels(attention="flash"), Kernels(layer_norm="triton")):
+        with pytest.raises(ConfigError, match=r"fails on this device|differs"):
+            choose(asked, CUDA, torch.bfloat16, dropout_p=0.1)
 
 
 def test_tritons_layer_norm_is_used_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zerobert import compiled
-from zerobert.kernels import attention, layer_norm, layer_norm_native, native
+from zerobert.kernels import attention, dropout, layer_norm, layer_norm_native, native
 from zerobert.kernels.attention import Layout
 from zerobert.packing import pack
 
@@ -127,7 +127,7 @@ def test_masks_are_philoxs() -> None:
     # The first known answers of Random123's kat_vectors.
     assert philox([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     seed, width, num_rows = 0x0123456789ABCDEF, 200, 3
-    threshold = native.threshold(0.25)
+    threshold = dropout.threshold(0.25)
     ones, weight, bias = torch.ones(num_rows, width), torch.ones(width), torch.zeros(width)
     _, dropped, *_ = native.layer_norm_forward(ones, None, weight, bias, 1e-5, (threshold, seed))
     for row in range(num_rows):
@@ -152,7 +152,7 @@ def test_layer_norm_drops_the_branch_and_its_gradient_alike() -> None:
     torch.manual_seed(1)
     got = layer_norm.native(branch, norm, residual, 0.3)
     torch.manual_seed(1)
-    drop = (native.threshold(0.3), native.new_seed())
+    drop = (dropout.threshold(0.3), native.new_seed())
     _, sums, *_ = native.layer_norm_forward(
         torch.ones(50, 128), torch.zeros(50, 128), norm.weight, norm.bias, 1e-5, drop
     )

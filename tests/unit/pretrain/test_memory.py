@@ -53,3 +53,17 @@ def test_what_never_fits_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_this_machine_has_memory() -> None:
     assert 1e8 < memory.free_bytes(CPU) < 1e14
+
+
+def test_a_gpu_is_tried_until_it_has_too_little() -> None:
+    ran: list[int] = []
+
+    def run(size: int) -> None:
+        ran.append(size)
+        if size > 12:
+            raise torch.OutOfMemoryError
+
+    assert memory.largest_that_runs([1, 2, 4, 8, 12, 16, 48], run, 10.0, CPU) == 12
+    assert ran == [1, 2, 4, 8, 12, 16]
+    assert memory.largest_that_runs([16, 48], run, 10.0, CPU) is None
+    assert memory.largest_that_runs([1, 2], run, 10.0, CPU) == 2

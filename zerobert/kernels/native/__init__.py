@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from zerobert import compiled
-from zerobert.kernels.dropout import LEVELS
 
 LIBRARY = compiled.Library(
     name="kernels",
@@ -117,11 +116,6 @@ def _call(name: str, shape: ctypes.Structure, *tensors: Tensor | None) -> None:
         raise MemoryError(f"no memory for {name}")
 
 
-def threshold(dropout_p: float) -> int:
-    """How many of 65,536 values are dropped."""
-    return round(dropout_p * LEVELS)
-
-
 def new_seed() -> int:
     """A seed for the masks of one call, by torch's global generator."""
     return int(torch.empty((), dtype=torch.int64).random_())
@@ -135,7 +129,7 @@ def attention_forward(
     Args:
         starts: int32 [rows + 1], each row's first token, and the last one's end.
         longest: tokens of a row, at most.
-        drop: `threshold` and seed.
+        drop: of 65,536 weights so many are dropped; and a seed.
     """
     shape = _attention_shape(q_TND, starts, longest, drop)
     out_TND = _over_rows(q_TND, starts)

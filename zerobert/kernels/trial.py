@@ -1,0 +1,89 @@
+"""Kernels of a GPU are trusted once they have agreed there with their plain twins.
+
+A trial takes some milliseconds as a run starts, and leaves torch's random numbers as they are.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from zerobert.kernels import attention, layer_norm
+
+# Of the largest value: 16 bits have 8 to 11 of them, and sums are in another order.
+_TOLERANCE = 0.05
+_NUM_HEADS, _WIDTH = 2, 128
+# More rows than 32 have more padding at their end than a row has places.
+_NUM_ROWS, _ROW_LENGTH = 40, 32
+
+
+@functools.cache
+def attention_failure(
+    name: str, device: torch.device, dtype: torch.dtype, head_width: int, dropout_p: float
+) -> str | None:
+    """Why an implementation of attention over packed tokens can't serve; None where it can."""
+    from zerobert.packing import pack  # which imports this package
+
+    generator = torch.Generator().manual_seed(0)
+    lengths_B = torch.randint(1, _ROW_LENGTH + 1, (_NUM_ROWS,), generator=generator)
+    mask_BS = (torch.arange(_ROW_LENGTH) < lengths_B[:, None]).long()
+    places_T, cu_seqlens = (part.to(device) for part in pack(mask_BS))
+    packing = attention.Packing(places_T, cu_seqlens)
+    layout = attention.Layout(mask_BS.bool().to(device), packing)
+    shape = (3, len(places_T), _NUM_HEADS, head_width)
+    inputs = torch.randn(shape, generator=generator).to(device, dtype)
+    rows = slice(int(lengths_B.sum()))
+
+    def run(name: str, dropout_p: float) -> list[Tensor]:
+        q_TND, k_TND, v_TND = (part.detach().requires_grad_() for part in inputs)
+        mixed_TND = attention.IMPLEMENTATIONS[name](q_TND, k_TND, v_TND, layout, dropout_p)[rows]
+        leaves = (q_TND, k_TND, v_TND)
+        return [mixed_TND, *torch.autograd.grad(mixed_TND.float().square().sum(), leaves)]
+
+    return _failure(name, run, device, dropout_p)
+
+
+@functools.cache
+def layer_norm_failure(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why an implementation of layer norm can't serve; None where it can."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2, _ROW_LENGTH, _WIDTH, generator=generator).to(device, dtype)
+    norm = nn.LayerNorm(_WIDTH).to(device, dtype)
+
+    def run(name: str, dropout_p: float) -> list[Tensor]:
+        x_XH, residual_XH = (part.detach().requires_grad_() for part in inputs)
+        out_XH = layer_norm.IMPLEMENTATIONS[name](x_XH, norm, residual_XH, dropout_p)
+        leaves = [x_XH, residual_XH, norm.weight, norm.bias]
+        return [out_XH, *torch.autograd.grad((out_XH.float() ** 3).sum(), leaves)]
+
+    return _failure(name, run, device, 0.1)
+
+
+def _failure(
+    name: str, run: Callable[[str, float], list[Tensor]], device: torch.device, dropout_p: float
+) -> str | None:
+    """Hold an implementation against `plain` without dropout, and see that it runs with it.
+
+    Args:
+        run: an implementation's value and gradients, by its name and a probability of dropping.
+    """
+    devices = [device] if device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices),
+        torch.autocast(device.type, enabled=False),
+        torch.enable_grad(),
+    ):
+        try:
+            pairs = list(zip(run(name, 0.0), run("plain", 0.0), strict=True))
+            dropped = run(name, dropout_p)
+        except Exception as error:  # noqa: BLE001 - kernels' and compilers' have no other base
+            lines = str(error).strip().splitlines() or [""]
+            return f"fails on this device ({type(error).__name__}: {lines[0]:.120})"
+    for got, wanted in pairs:
+        apart = ((got - wanted).abs().max() / wanted.abs().max()).item()
+        if not apart <= _TOLERANCE:  # what is no number too
+            return f"differs from the plain one on this device by {apart:.2g}"
+    if not all(part.isfinite().all() for part in dropped):
+        return "gives what is no number on this device"
+    return None
