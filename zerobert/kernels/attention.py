@@ -128,7 +128,10 @@ def _over_rows(
     q_BNSD, k_BNSD, v_BNSD = (x_BSND.transpose(1, 2) for x_BSND in qkv_XND)
     mixed_BNSD = attend(q_BNSD, k_BNSD, v_BNSD, keep_BS[:, None, None, :], dropout_p)
     mixed_BSND = mixed_BNSD.transpose(1, 2)
-    return mixed_BSND if packing is None else mixed_BSND.flatten(0, 1)[packing.places_T]
+    if packing is None:
+        return mixed_BSND
+    # Not by [...], whose way back sorts the places on a GPU, as if one could be there twice.
+    return mixed_BSND.flatten(0, 1).index_select(0, packing.places_T)
 
 
 def _rows(x_TND: Tensor, keep_BS: Tensor, places_T: Tensor) -> Tensor:
