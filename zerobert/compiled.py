@@ -118,6 +118,14 @@ def _run(command: list[str]) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
+def has_compiler() -> bool:
+    """Whether this machine can build libraries."""
+    try:
+        return bool(_compiler())
+    except (FileNotFoundError, ValueError):  # ValueError: a CC that no shell would read
+        return False
+
+
 def _compiler() -> list[str]:
     for name in (os.environ.get("CC", ""), *_COMPILERS):
         words = shlex.split(name)

@@ -17,6 +17,7 @@ if not __package__:
 
 import torch
 
+from zerobert import compiled
 from zerobert.config import BertConfig
 from zerobert.errors import run_script
 from zerobert.kernels import Kernels, choose, format_choices
@@ -87,6 +88,11 @@ def advice(
         lines.append(
             "apex is installed without its CUDA extensions and serves nothing: "
             f"{_ON_GPU['apex'][1]}"
+        )
+    if not compiled.has_compiler():
+        lines.append(
+            "no C compiler on PATH (data preparation, and training on a CPU, take many times as "
+            "long): apt-get install gcc"
         )
     if shutil.which("g++") is None:
         lines.append(

@@ -22,6 +22,13 @@ def test_what_is_missing_comes_with_its_command() -> None:
     assert not [line for line in doctor.advice(lambda name: None, has_gpu=False) if "apex" in line]
 
 
+def test_a_machine_without_a_c_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not any("C compiler" in line for line in doctor.advice())
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CC", "'")
+    assert any("apt-get install gcc" in line for line in doctor.advice())
+
+
 def test_an_apex_that_is_not_nvidias_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     foreign = [PurePosixPath("apex/__init__.py"), PurePosixPath("apex/models.py")]
     monkeypatch.setattr(importlib.metadata, "files", lambda name: foreign)
