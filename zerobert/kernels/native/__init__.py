@@ -19,11 +19,7 @@ LIBRARY = compiled.Library(
     name="kernels",
     folder=Path(__file__).resolve().parent,
     sources=("attention.c", "layer_norm.c"),
-    # Sums in any order, as vectors take; nothing is assumed of infinities and of what is no number.
-    flags=(
-        *("-std=c11", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
-        *("-fassociative-math", "-fno-signed-zeros"),
-    ),
+    flags=("-std=c11", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
     is_for_this_cpu=True,
 )
 DTYPES = (torch.float32, torch.bfloat16)

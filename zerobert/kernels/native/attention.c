@@ -166,8 +166,10 @@ static void scale_by(float *values, int64_t number, float factor)
 static float weigh(float *scores, int64_t number, const uint16_t *numbers, int64_t threshold)
 {
     float most = -INFINITY, sum = 0.0f;
+#pragma omp simd reduction(max : most)
     for (int64_t j = 0; j < number; j++)
         most = scores[j] > most ? scores[j] : most;
+#pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < number; j++) {
         scores[j] = exp_of(scores[j] - most);
         sum += scores[j];
@@ -321,6 +323,7 @@ EXPORTED int64_t attention_backward(
                 for (int64_t i = 0; i < number; i++) {
                     int64_t token = start + first + i;
                     float along = 0.0f;
+#pragma omp simd reduction(+ : along)
                     for (int64_t d = 0; d < width; d++)
                         along += outs[i * padded + d] * grads[i * padded + d];
                     if (shape->threshold)

@@ -77,9 +77,11 @@ EXPORTED int64_t layer_norm_forward(
                 load(values, sums, row * width, width, is_bf16);
             }
             float sum = 0.0f, squares = 0.0f;
+#pragma omp simd reduction(+ : sum)
             for (int64_t i = 0; i < width; i++)
                 sum += values[i];
             float mean = sum / (float)width;
+#pragma omp simd reduction(+ : squares)
             for (int64_t i = 0; i < width; i++)
                 squares += (values[i] - mean) * (values[i] - mean);
             float inverse = 1.0f / sqrtf(squares / (float)width + (float)shape->eps);
@@ -134,6 +136,7 @@ EXPORTED int64_t layer_norm_backward(
                 load(grads, out_grad, row * width, width, is_bf16);
                 load(values, sums, row * width, width, is_bf16);
                 float mean = means[row], inverse = inverses[row], sum = 0.0f, along = 0.0f;
+#pragma omp simd reduction(+ : sum, along)
                 for (int64_t i = 0; i < width; i++) {
                     float normal = (values[i] - mean) * inverse;
                     bias_grad[i] += grads[i];
