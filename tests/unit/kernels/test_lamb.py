@@ -28,7 +28,7 @@ LENGTHS = (1, 3, 127, 128, 768, 2048, 5000)
 STEP_3 = {"correction1": 1 - 0.9**3, "correction2": 1 - 0.999**3}
 RATES = {
     "step 3": Rates(0.9, 0.999, 1e-6, 0.01, **STEP_3),
-    "no bias correction": Rates(0.9, 0.999, 1e-6, 0.01, 1.0, 1.0),
+    "no bias correction": Rates(0.9, 0.999, 1e-6, 0.01, 1.0, 1.0, corrects=False),
     "no weight decay": Rates(0.9, 0.999, 1e-6, 0.0, **STEP_3),
     "no memory": Rates(0.0, 0.0, 1e-3, 0.1, 1.0, 1.0),
 }
@@ -82,7 +82,7 @@ def on(device: str, pieces: Pieces) -> Pieces:
 
 def formula(pieces: Pieces, rates: Rates) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Both moments after a step, and the updates, in float64."""
-    beta1, beta2, eps, weight_decay, correction1, correction2, _ = rates
+    beta1, beta2, eps, weight_decay, correction1, correction2, *_ = rates
     found: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     for weight, gradient, exp_avg, exp_avg_sq in zip(*pieces, strict=True):
         w, g = weight.double(), gradient.double()
@@ -395,6 +395,28 @@ def test_apex_is_given_its_arguments_in_its_order(
             model(torch.randn(4, 7)).square().sum().backward()
             optimizer.step()
         weights[kernel] = torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.testing.assert_close(weights["apex"], weights["plain"], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.999)])
+def test_apex_corrects_moments_where_the_first_correction_is_one(
+    monkeypatch: pytest.MonkeyPatch, betas: tuple[float, float]
+) -> None:
+    monkeypatch.setattr(lamb_apex, "LAMB", "kernel")
+    monkeypatch.setattr(lamb_apex, "APPLIER", StandInApplier())
+    monkeypatch.setattr(lamb, "_check_apex", lambda device: None)
+    weights = {}
+    for kernel in ("plain", "apex"):
+        weight = torch.nn.Parameter(torch.linspace(0.1, 1.0, 5))
+        groups = [{"name": "no_decay", "params": [weight], "weight_decay": 0.0}]
+        optimizer = Lamb(groups, lr=0.01, betas=betas, kernel=kernel)
+        weight.grad = torch.linspace(-1.0, 1.0, 5)
+        optimizer.step()
+        optimizer.state[weight]["step"].fill_(399)
+        weight.grad = torch.linspace(-1.0, 1.0, 5)
+        optimizer.step()
+        weights[kernel] = weight.detach()
+    assert 1 - betas[0] ** 400 == 1
     torch.testing.assert_close(weights["apex"], weights["plain"], atol=1e-6, rtol=1e-5)
 
 
