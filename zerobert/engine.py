@@ -17,6 +17,8 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from torch import Tensor, nn
 
 from zerobert import distributed, zero
@@ -24,6 +26,7 @@ from zerobert.errors import (
     CheckpointError,
     ConfigError,
     ConnectionLostError,
+    MissingDependencyError,
     TrainingDivergedError,
 )
 from zerobert.optim import Lamb
@@ -38,6 +41,7 @@ _SECTIONS = (
     "checkpoint",
     "optimizer",
 )
+_PRECISIONS = ("fp16", "bf16", "torch_autocast")
 _UNSERVED = ("autotuning", "compile", "data_efficiency")
 # Parts of ZeRO that round what is sent, place shards in another way or replace the optimizer.
 _UNSERVED_ZERO = (
@@ -48,10 +52,27 @@ _UNSERVED_ZERO = (
     "zenflow",
     "cpu_offload",
     "cpu_offload_param",
+    "legacy_stage1",
+    "mics_shard_size",
+    "mics_hierarchical_params_gather",
+    "stage3_module_granularity_threshold",
 )
+# They keep the masters or the moments in 16 bits.
+_ROUNDED_STATE = {
+    "bf16": ("bf16_master_weights_and_grads", "bf16_optimizer_states"),
+    "fp16": ("fp16_master_weights_and_grads",),
+}
 # What DeepSpeed's dynamic loss scale consists of.
 _LOSS_SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _BFLOAT16_NAMES = ("bfloat16", "bf16", "torch.bfloat16")
+# What DeepSpeed raises at a configuration that it does not take.
+_REFUSALS = (
+    AssertionError,
+    ValueError,
+    NotImplementedError,
+    DeepSpeedConfigError,
+    ZeRORuntimeException,
+)
 
 # DeepSpeed's top-level keys for training. It accepts others in silence, misspelt ones too.
 TOP_LEVEL_KEYS = frozenset(
@@ -215,6 +236,48 @@ def check_served(ds_config: Mapping[str, Any]) -> None:
         _check_offload(zero.get(name) or {}, f"zero_optimization.{name}", stage, lowest)
     if ds_config.get("checkpoint", {}).get("load_universal", False):
         raise ConfigError("checkpoint.load_universal is not served yet; remove it")
+    if not zero.get("compute_grad_norm", True):
+        raise ConfigError("zero_optimization.compute_grad_norm: false is not served; remove it")
+    if ds_config.get("zero_force_ds_cpu_optimizer", False):
+        raise ConfigError(
+            "zero_force_ds_cpu_optimizer: true is not served, the optimizer is torch's or ours; "
+            "remove it"
+        )
+    _check_averaging(ds_config, stage)
+    _check_precision(ds_config)
+
+
+def _check_averaging(ds_config: Mapping[str, Any], stage: int) -> None:
+    """The shares of the ranks are made so that DeepSpeed's mean over the ranks is the gradient."""
+    if (op := ds_config.get("gradient_allreduce_op", "mean")) != "mean":
+        raise ConfigError(
+            f'gradient_allreduce_op: wanted "mean", got {op!r}, which makes gradients larger by '
+            "the number of ranks; remove it"
+        )
+    if stage == 3 and ds_config.get("gradient_predivide_factor", 1.0) != 1.0:
+        raise ConfigError(
+            "gradient_predivide_factor scales the gradients wrongly at ZeRO stage 3 in this "
+            "DeepSpeed; remove it"
+        )
+
+
+def _check_precision(ds_config: Mapping[str, Any]) -> None:
+    for section, names in _ROUNDED_STATE.items():
+        for name in names:
+            if ds_config.get(section, {}).get(name, False):
+                raise ConfigError(
+                    f"{section}.{name} is not served: weights and moments are kept in fp32; "
+                    "remove it"
+                )
+    enabled = [name for name in _PRECISIONS if ds_config.get(name, {}).get("enabled", False)]
+    if len(enabled) > 1:
+        raise ConfigError(f"{' and '.join(enabled)} are enabled together; remove all but one")
+    hysteresis = ds_config.get("fp16", {}).get("hysteresis", 1)
+    if type(hysteresis) is not int or hysteresis < 1:
+        raise ConfigError(
+            f"fp16.hysteresis: wanted a whole number from 1 on, got {hysteresis!r}, at which an "
+            "overflow would never lower the loss scale"
+        )
 
 
 def _check_offload(section: Any, where: str, stage: int, lowest_stage: int) -> None:
@@ -338,8 +401,14 @@ class Engine:
                 self._engine, *_ = deepspeed.initialize(
                     model=model, optimizer=optimizer, config=config
                 )
-            except (AssertionError, ValueError, NotImplementedError) as error:
-                raise ConfigError(f"DeepSpeed refuses the configuration: {error}") from error
+            except ImportError as error:
+                raise MissingDependencyError(
+                    f"the configuration's DeepSpeed keys need a package: {_in_one_line(error)}"
+                ) from error
+            except _REFUSALS as error:
+                raise ConfigError(
+                    f"DeepSpeed refuses the configuration: {_in_one_line(error)}"
+                ) from error
         self._scale_of_step = 1.0
         self._norm_before_step: Tensor | None = None
         # DeepSpeed's wrapper for 16 bits at stage 0, which holds whole fp32 masters.
@@ -646,6 +715,10 @@ class Engine:
     def close(self) -> None:
         """Let go of the model and the optimizer's state."""
         self._engine.destroy()
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _completed(ds_config: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from zerobert.errors import ConfigError
 
 FP16 = {"fp16": {"enabled": True}}
 BF16 = {"bf16": {"enabled": True}}
+AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,51 @@ BF16 = {"bf16": {"enabled": True}}
         ({"zero_optimization": {"stage": 1, "cpu_offload": True}}, "cpu_offload is not served"),
         ({"zero_optimization": {"stage": 4}}, "wanted 0, 1, 2 or 3, got 4"),
         ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal is not served yet"),
+        (
+            {"gradient_allreduce_op": "sum"},
+            "gradient_allreduce_op: wanted \"mean\", got 'sum', .* larger by the number of ranks",
+        ),
+        (
+            {
+                "zero_optimization": {"stage": 3, "reduce_scatter": False},
+                "gradient_predivide_factor": 2.0,
+            },
+            "gradient_predivide_factor scales .* wrongly at ZeRO stage 3",
+        ),
+        *[
+            ({section: {"enabled": True, name: True}}, f"{section}.{name} is not served")
+            for section, name in (
+                ("bf16", "bf16_master_weights_and_grads"),
+                ("bf16", "bf16_optimizer_states"),
+                ("fp16", "fp16_master_weights_and_grads"),
+            )
+        ],
+        *[
+            ({"zero_optimization": {"stage": stage, name: value}}, f"{name} is not served")
+            for stage, name, value in (
+                (1, "legacy_stage1", True),
+                (3, "mics_shard_size", 1),
+                (3, "mics_hierarchical_params_gather", True),
+                (3, "stage3_module_granularity_threshold", 1000),
+            )
+        ],
+        (
+            {"zero_optimization": {"stage": 1, "compute_grad_norm": False}},
+            "compute_grad_norm: false is not served",
+        ),
+        (
+            {
+                "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+                "zero_force_ds_cpu_optimizer": True,
+            },
+            "zero_force_ds_cpu_optimizer: true is not served",
+        ),
+        *[
+            (section | AUTOCAST, f"{name} and torch_autocast are enabled together")
+            for name, section in (("fp16", FP16), ("bf16", BF16))
+        ],
+        (FP16 | BF16, "fp16 and bf16 are enabled together"),
+        ({"fp16": {"enabled": True, "hysteresis": 0}}, "fp16.hysteresis: wanted .* from 1 on"),
     ],
 )
 def test_each_setting_is_refused_by_name(ds_config: dict[str, Any], message: str) -> None:
@@ -80,6 +126,9 @@ def test_each_setting_is_refused_by_name(ds_config: dict[str, Any], message: str
         {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
         {"zero_optimization": {"stage": 1, "round_robin_gradients": False}},
         {"checkpoint": {"load_universal": False}},
+        {"gradient_allreduce_op": "mean", "gradient_predivide_factor": 2.0},
+        {"zero_optimization": {"stage": 3}, "gradient_predivide_factor": 1.0},
+        {"fp16": {"enabled": False}} | AUTOCAST,
     ],
 )
 def test_what_is_served_passes(ds_config: dict[str, Any]) -> None:
