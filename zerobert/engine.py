@@ -62,6 +62,8 @@ _ROUNDED_STATE = {
     "bf16": ("bf16_master_weights_and_grads", "bf16_optimizer_states"),
     "fp16": ("fp16_master_weights_and_grads",),
 }
+_HYSTERESIS = 2  # DeepSpeed's, where fp16 names none
+_MOST_SKIPPED = 10  # steps in a row that may overflow at a static loss scale
 # What DeepSpeed's dynamic loss scale consists of.
 _LOSS_SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _BFLOAT16_NAMES = ("bfloat16", "bf16", "torch.bfloat16")
@@ -416,8 +418,9 @@ class Engine:
         if self._wrapper is not None:
             self._undo_hidden_step()
             self._accumulate_in(_grad_accum_dtype(ds_config))
+        self._skipped_in_a_row = 0
         if self._precision == "fp16":
-            self._grow_scale_after_step()
+            self._grow_scale_after_step(config["fp16"])
         if self._is_16_bit:
             self._set_masters(exact)
 
@@ -445,12 +448,14 @@ class Engine:
                 )
             parameter.grad_dtype = torch.float32
 
-    def _grow_scale_after_step(self) -> None:
+    def _grow_scale_after_step(self, fp16: Mapping[str, Any]) -> None:
         """Let the loss scale grow after the update: DeepSpeed lets it grow first, and then divides
         the gradients by a scale that the loss was not multiplied by.
         """
         optimizer = self._engine.optimizer
         self._update_scale = optimizer._update_scale
+        if self._wrapper is not None and self._is_scale_dynamic:
+            self._update_scale = self._patient(self._update_scale, fp16)
 
         def at_once_if_overflow(has_overflow: bool) -> None:
             self._is_scale_spent = has_overflow and self._is_scale_at_least()
@@ -459,13 +464,41 @@ class Engine:
 
         optimizer._update_scale = at_once_if_overflow
 
+    def _patient(
+        self, update_scale: Callable[[bool], None], fp16: Mapping[str, Any]
+    ) -> Callable[[bool], None]:
+        """The wrapper's change of the loss scale with the hysteresis that the other stages have:
+        only the last of so many overflows lowers the scale.
+        """
+        scaler = self._loss_scaler
+        scaler.cur_hysteresis = patience = fp16.get("hysteresis", _HYSTERESIS)
+
+        def update(has_overflow: bool) -> None:
+            if has_overflow and scaler.cur_hysteresis > 1:
+                scaler.cur_hysteresis -= 1
+                scaler.last_overflow_iter = scaler.cur_iter
+                scaler.cur_iter += 1
+                return
+            before = scaler.cur_scale
+            update_scale(has_overflow)
+            if scaler.cur_scale > before or (
+                not has_overflow and fp16.get("consecutive_hysteresis", False)
+            ):
+                scaler.cur_hysteresis = patience
+
+        return update
+
+    @property
+    def _is_scale_dynamic(self) -> bool:
+        scaler = self._loss_scaler
+        return bool(getattr(scaler, "dynamic_loss_scale", getattr(scaler, "dynamic", False)))
+
     def _is_scale_at_least(self) -> bool:
         """Whether no overflow can lower the loss scale any more."""
         scaler = self._loss_scaler
-        is_dynamic = getattr(scaler, "dynamic_loss_scale", getattr(scaler, "dynamic", False))
         least = getattr(scaler, "min_scale", getattr(scaler, "min_loss_scale", None))
         patience = getattr(scaler, "cur_hysteresis", 1)
-        return bool(is_dynamic and scaler.cur_scale <= least and patience <= 1)
+        return bool(self._is_scale_dynamic and scaler.cur_scale <= least and patience <= 1)
 
     @torch.no_grad()
     def _set_masters(self, exact: Mapping[str, Tensor]) -> None:
@@ -564,7 +597,8 @@ class Engine:
         times its own `lr_factor` in a parameter group that has one.
 
         Raises:
-            TrainingDivergedError: gradients overflow at the least loss scale there is.
+            TrainingDivergedError: gradients overflow at the least loss scale there is, or again
+                and again at a static one.
         """
         is_update = self.at_boundary
         if is_update:
@@ -576,8 +610,17 @@ class Engine:
         if not is_update or self._precision != "fp16":
             return
         if not self._engine.optimizer.overflow:
+            self._skipped_in_a_row = 0
             self._update_scale(False)
-        elif self._is_scale_spent:
+            return
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= _MOST_SKIPPED and not self._is_scale_dynamic:
+            raise TrainingDivergedError(
+                f"gradients overflowed in the last {self._skipped_in_a_row} steps, none of which "
+                f"trained anything, at the static fp16.loss_scale of {self.loss_scale:g}; lower "
+                "it, or remove it for a dynamic scale"
+            )
+        if self._is_scale_spent:
             raise TrainingDivergedError(
                 f"gradients overflow in fp16 at {self.loss_scale:g} too, the least loss scale: the "
                 "training has diverged; lower the learning rate, lengthen the warm-up, or use bf16"
@@ -645,6 +688,7 @@ class Engine:
             for shard in self._shards():
                 self._optimizer.state.pop(shard.tensor, None)
         self._round_weights()
+        self._skipped_in_a_row = 0
         engine: Any = self._engine
         engine.global_steps = counters["steps"]
         engine.global_samples = counters["steps"] * self.global_batch_samples
