@@ -67,6 +67,12 @@ _MOST_SKIPPED = 10  # steps in a row that may overflow at a static loss scale
 # What DeepSpeed's dynamic loss scale consists of.
 _LOSS_SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _BFLOAT16_NAMES = ("bfloat16", "bf16", "torch.bfloat16")
+# DeepSpeed's names of what gradients are added up in.
+_DTYPES = {
+    **dict.fromkeys(_BFLOAT16_NAMES, "bf16"),
+    **dict.fromkeys(("fp16", "float16", "half", "torch.float16"), "fp16"),
+    **dict.fromkeys(("fp32", "float32", "float", "torch.float32"), "fp32"),
+}
 # What DeepSpeed raises at a configuration that it does not take.
 _REFUSALS = (
     AssertionError,
@@ -271,6 +277,10 @@ def _check_precision(ds_config: Mapping[str, Any]) -> None:
                     f"{section}.{name} is not served: weights and moments are kept in fp32; "
                     "remove it"
                 )
+    accumulates_in, low = _grad_accum_dtype(ds_config), precision(ds_config)
+    if accumulates_in not in (None, "fp32", low):
+        wanted = '"fp32"' if low == "fp32" else f'"fp32" or "{low}"'
+        raise ConfigError(f"data_types.grad_accum_dtype: wanted {wanted}, got {accumulates_in!r}")
     enabled = [name for name in _PRECISIONS if ds_config.get(name, {}).get("enabled", False)]
     if len(enabled) > 1:
         raise ConfigError(f"{' and '.join(enabled)} are enabled together; remove all but one")
@@ -447,6 +457,21 @@ class Engine:
                     "only; set zero_optimization.stage to 1"
                 )
             parameter.grad_dtype = torch.float32
+        self._clip_by_exact_norm()
+
+    def _clip_by_exact_norm(self) -> None:
+        """Take the norm of the gradients as they were added up: the wrapper rounds them to 16 bits
+        for it.
+        """
+        wrapper: Any = self._wrapper
+        unscale_and_clip = wrapper.unscale_and_clip_grads
+
+        def by_exact_norm(_: float, apply_scale: bool = True) -> Any:
+            gradients = [p.grad for group in wrapper.fp32_groups for p in group]
+            wrapper._global_grad_norm = float(_norm(gradients))
+            return unscale_and_clip(wrapper._global_grad_norm, apply_scale)
+
+        wrapper.unscale_and_clip_grads = by_exact_norm
 
     def _grow_scale_after_step(self, fp16: Mapping[str, Any]) -> None:
         """Let the loss scale grow after the update: DeepSpeed lets it grow first, and then divides
@@ -631,8 +656,7 @@ class Engine:
         if self._stage > 0 or self._is_16_bit:
             return None
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm: Tensor = torch.stack(torch._foreach_norm(gradients)).norm()
-        return norm
+        return _norm(gradients)
 
     @property
     def grad_norm(self) -> float:
@@ -761,6 +785,11 @@ class Engine:
         self._engine.destroy()
 
 
+def _norm(tensors: list[Tensor]) -> Tensor:
+    norm: Tensor = torch.stack(torch._foreach_norm(tensors)).norm()
+    return norm
+
+
 def _in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
@@ -776,9 +805,15 @@ def _completed(ds_config: Mapping[str, Any], optimizer: torch.optim.Optimizer) -
         # DeepSpeed doubts every optimizer but its own, with reason: a trust ratio of a flat shard
         # is wrong. Ours knows the parameters inside the shard.
         config["zero_allow_untested_optimizer"] = True
-    if config.get("zero_optimization", {}).get("stage", 0) == 0:
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    dtype = _grad_accum_dtype(config)
+    if dtype == "fp32" and stage <= 1 and config.get("communication_data_type") is None:
+        # In 16 bits the sum over ranks would round what the micro-steps' sum has kept. Here it is
+        # made once a step; stages 2 and 3 make it in every micro-step, where it costs more.
+        config["communication_data_type"] = "fp32"
+    if stage == 0:
         config.pop("data_types", None)  # DeepSpeed knows one there: that of the weights
-    elif (dtype := _grad_accum_dtype(config)) is not None:
+    elif dtype is not None:
         config["data_types"] = {**config.get("data_types", {}), "grad_accum_dtype": dtype}
     return config
 
@@ -788,5 +823,5 @@ def _grad_accum_dtype(ds_config: Mapping[str, Any]) -> str | None:
     would be bf16, whose 8 bits lose them.
     """
     default = "fp32" if precision(ds_config) == "bf16" else None
-    dtype: str | None = ds_config.get("data_types", {}).get("grad_accum_dtype", default)
-    return dtype
+    asked = ds_config.get("data_types", {}).get("grad_accum_dtype")
+    return default if asked is None else _DTYPES.get(asked, str(asked))

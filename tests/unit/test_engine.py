@@ -7,6 +7,7 @@ from typing import Any
 
 import deepspeed
 import pytest
+import torch
 
 from zerobert import engine
 from zerobert.config import load_json
@@ -14,6 +15,7 @@ from zerobert.errors import ConfigError
 
 FP16 = {"fp16": {"enabled": True}}
 BF16 = {"bf16": {"enabled": True}}
+ZERO_1 = {"zero_optimization": {"stage": 1}}
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 
 
@@ -102,6 +104,19 @@ AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
             for name, section in (("fp16", FP16), ("bf16", BF16))
         ],
         (FP16 | BF16, "fp16 and bf16 are enabled together"),
+        *[
+            (
+                section | {"data_types": {"grad_accum_dtype": name}, **ZERO_1},
+                f"grad_accum_dtype: wanted {wanted}, got '{name}'",
+            )
+            for section, name, wanted in (
+                ({}, "fp64", '"fp32"'),
+                ({}, "bf16", '"fp32"'),
+                (BF16, "fp64", '"fp32" or "bf16"'),
+                (BF16, "fp16", '"fp32" or "bf16"'),
+                (FP16, "int8", '"fp32" or "fp16"'),
+            )
+        ],
         ({"fp16": {"enabled": True, "hysteresis": 0}}, "fp16.hysteresis: wanted .* from 1 on"),
     ],
 )
@@ -148,6 +163,42 @@ def test_what_is_computed_in_may_be_less_than_the_weights() -> None:
     assert engine.computes_in({"torch_autocast": {"enabled": False}}) == "fp32"
     assert engine.computes_in(FP16) == "fp16"
     assert engine.computes_in({}) == "fp32"
+
+
+@pytest.mark.parametrize("name", ["fp32", "float32", "float", "torch.float32"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_gradients_are_added_up_in_has_one_name(name: str, stage: int) -> None:
+    zero = {"zero_optimization": {"stage": stage}}
+    asked = BF16 | zero | {"data_types": {"grad_accum_dtype": name}}
+    engine.check_served(asked)
+    assert engine._grad_accum_dtype(asked) == "fp32"
+    assert _completed(asked) == _completed(BF16 | zero)
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "dtype"),
+    [
+        (BF16, "fp32"),
+        (BF16 | ZERO_1, "fp32"),
+        (BF16 | {"zero_optimization": {"stage": 2}}, None),
+        (BF16 | {"zero_optimization": {"stage": 3}}, None),
+        (BF16 | ZERO_1 | {"communication_data_type": "bf16"}, "bf16"),
+        (BF16 | ZERO_1 | {"data_types": {"grad_accum_dtype": "bf16"}}, None),
+        (FP16 | ZERO_1, None),
+        (FP16 | ZERO_1 | {"data_types": {"grad_accum_dtype": "fp32"}}, "fp32"),
+        (ZERO_1, None),
+    ],
+    ids=str,
+)
+def test_gradients_go_over_ranks_in_fp32_where_they_are_added_up_in_it(
+    ds_config: dict[str, Any], dtype: str | None
+) -> None:
+    assert _completed(ds_config).get("communication_data_type") == dtype
+
+
+def _completed(ds_config: dict[str, Any]) -> dict[str, Any]:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    return engine._completed(ds_config, torch.optim.SGD([parameter], lr=0.1))
 
 
 def _constants() -> set[str]:
