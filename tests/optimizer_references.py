@@ -52,6 +52,41 @@ class ReferenceLamb:
             self.weights[name] = w - self.lr * ratio * r
 
 
+class DeepSpeedLamb:
+    """What DeepSpeed's FusedLamb computes, of one tensor and with its defaults.
+
+    Source: DeepSpeed 0.19, ops/lamb/fused_lamb.py, csrc/lamb/fused_lamb_cuda_kernel.cu.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_coeff: float = 10.0,
+        min_coeff: float = 0.01,
+    ) -> None:
+        self.weight = weight.detach().double().clone()
+        self.m, self.v = torch.zeros_like(self.weight), torch.zeros_like(self.weight)
+        self.t = 0
+        self.lr, self.decay, self.betas, self.eps = lr, weight_decay, betas, eps
+        self.low, self.high = min_coeff, max_coeff
+
+    def step(self, gradient: Tensor) -> None:
+        self.t += 1
+        (b1, b2), g, w = self.betas, gradient.double(), self.weight
+        self.m = b1 * self.m + (1 - b1) * g
+        self.v = b2 * self.v + (1 - b2) * g * g
+        r = self.m / (self.v.sqrt() + self.eps) + self.decay * w
+        wn, rn = float(w.norm()), float(r.norm())
+        ratio = min(max(wn / rn, self.low), self.high) if wn and rn else 1.0
+        rate = self.lr * (1 - b2**self.t) ** 0.5 / (1 - b1**self.t)
+        self.weight = w - rate * ratio * r
+
+
 class ReferenceAdamW:
     """AdamW of arXiv:1711.05101, algorithm 2, with bias correction."""
 

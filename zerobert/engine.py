@@ -17,6 +17,8 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from torch import Tensor, nn
 
 from zerobert import distributed, zero
@@ -24,6 +26,7 @@ from zerobert.errors import (
     CheckpointError,
     ConfigError,
     ConnectionLostError,
+    MissingDependencyError,
     TrainingDivergedError,
 )
 from zerobert.optim import Lamb
@@ -38,6 +41,7 @@ _SECTIONS = (
     "checkpoint",
     "optimizer",
 )
+_PRECISIONS = ("fp16", "bf16", "torch_autocast")
 _UNSERVED = ("autotuning", "compile", "data_efficiency")
 # Parts of ZeRO that round what is sent, place shards in another way or replace the optimizer.
 _UNSERVED_ZERO = (
@@ -48,10 +52,35 @@ _UNSERVED_ZERO = (
     "zenflow",
     "cpu_offload",
     "cpu_offload_param",
+    "legacy_stage1",
+    "mics_shard_size",
+    "mics_hierarchical_params_gather",
+    "stage3_module_granularity_threshold",
 )
+# They keep the masters or the moments in 16 bits.
+_ROUNDED_STATE = {
+    "bf16": ("bf16_master_weights_and_grads", "bf16_optimizer_states"),
+    "fp16": ("fp16_master_weights_and_grads",),
+}
+_HYSTERESIS = 2  # DeepSpeed's, where fp16 names none
+_MOST_SKIPPED = 10  # steps in a row that may overflow at a static loss scale
 # What DeepSpeed's dynamic loss scale consists of.
 _LOSS_SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _BFLOAT16_NAMES = ("bfloat16", "bf16", "torch.bfloat16")
+# DeepSpeed's names of what gradients are added up in.
+_DTYPES = {
+    **dict.fromkeys(_BFLOAT16_NAMES, "bf16"),
+    **dict.fromkeys(("fp16", "float16", "half", "torch.float16"), "fp16"),
+    **dict.fromkeys(("fp32", "float32", "float", "torch.float32"), "fp32"),
+}
+# What DeepSpeed raises at a configuration that it does not take.
+_REFUSALS = (
+    AssertionError,
+    ValueError,
+    NotImplementedError,
+    DeepSpeedConfigError,
+    ZeRORuntimeException,
+)
 
 # DeepSpeed's top-level keys for training. It accepts others in silence, misspelt ones too.
 TOP_LEVEL_KEYS = frozenset(
@@ -215,6 +244,52 @@ def check_served(ds_config: Mapping[str, Any]) -> None:
         _check_offload(zero.get(name) or {}, f"zero_optimization.{name}", stage, lowest)
     if ds_config.get("checkpoint", {}).get("load_universal", False):
         raise ConfigError("checkpoint.load_universal is not served yet; remove it")
+    if not zero.get("compute_grad_norm", True):
+        raise ConfigError("zero_optimization.compute_grad_norm: false is not served; remove it")
+    if ds_config.get("zero_force_ds_cpu_optimizer", False):
+        raise ConfigError(
+            "zero_force_ds_cpu_optimizer: true is not served, the optimizer is torch's or ours; "
+            "remove it"
+        )
+    _check_averaging(ds_config, stage)
+    _check_precision(ds_config)
+
+
+def _check_averaging(ds_config: Mapping[str, Any], stage: int) -> None:
+    """The shares of the ranks are made so that DeepSpeed's mean over the ranks is the gradient."""
+    if (op := ds_config.get("gradient_allreduce_op", "mean")) != "mean":
+        raise ConfigError(
+            f'gradient_allreduce_op: wanted "mean", got {op!r}, which makes gradients larger by '
+            "the number of ranks; remove it"
+        )
+    if stage == 3 and ds_config.get("gradient_predivide_factor", 1.0) != 1.0:
+        raise ConfigError(
+            "gradient_predivide_factor scales the gradients wrongly at ZeRO stage 3 in this "
+            "DeepSpeed; remove it"
+        )
+
+
+def _check_precision(ds_config: Mapping[str, Any]) -> None:
+    for section, names in _ROUNDED_STATE.items():
+        for name in names:
+            if ds_config.get(section, {}).get(name, False):
+                raise ConfigError(
+                    f"{section}.{name} is not served: weights and moments are kept in fp32; "
+                    "remove it"
+                )
+    accumulates_in, low = _grad_accum_dtype(ds_config), precision(ds_config)
+    if accumulates_in not in (None, "fp32", low):
+        wanted = '"fp32"' if low == "fp32" else f'"fp32" or "{low}"'
+        raise ConfigError(f"data_types.grad_accum_dtype: wanted {wanted}, got {accumulates_in!r}")
+    enabled = [name for name in _PRECISIONS if ds_config.get(name, {}).get("enabled", False)]
+    if len(enabled) > 1:
+        raise ConfigError(f"{' and '.join(enabled)} are enabled together; remove all but one")
+    hysteresis = ds_config.get("fp16", {}).get("hysteresis", 1)
+    if type(hysteresis) is not int or hysteresis < 1:
+        raise ConfigError(
+            f"fp16.hysteresis: wanted a whole number from 1 on, got {hysteresis!r}, at which an "
+            "overflow would never lower the loss scale"
+        )
 
 
 def _check_offload(section: Any, where: str, stage: int, lowest_stage: int) -> None:
@@ -338,8 +413,14 @@ class Engine:
                 self._engine, *_ = deepspeed.initialize(
                     model=model, optimizer=optimizer, config=config
                 )
-            except (AssertionError, ValueError, NotImplementedError) as error:
-                raise ConfigError(f"DeepSpeed refuses the configuration: {error}") from error
+            except ImportError as error:
+                raise MissingDependencyError(
+                    f"the configuration's DeepSpeed keys need a package: {_in_one_line(error)}"
+                ) from error
+            except _REFUSALS as error:
+                raise ConfigError(
+                    f"DeepSpeed refuses the configuration: {_in_one_line(error)}"
+                ) from error
         self._scale_of_step = 1.0
         self._norm_before_step: Tensor | None = None
         # DeepSpeed's wrapper for 16 bits at stage 0, which holds whole fp32 masters.
@@ -347,8 +428,9 @@ class Engine:
         if self._wrapper is not None:
             self._undo_hidden_step()
             self._accumulate_in(_grad_accum_dtype(ds_config))
+        self._skipped_in_a_row = 0
         if self._precision == "fp16":
-            self._grow_scale_after_step()
+            self._grow_scale_after_step(config["fp16"])
         if self._is_16_bit:
             self._set_masters(exact)
 
@@ -375,13 +457,30 @@ class Engine:
                     "only; set zero_optimization.stage to 1"
                 )
             parameter.grad_dtype = torch.float32
+        self._clip_by_exact_norm()
 
-    def _grow_scale_after_step(self) -> None:
+    def _clip_by_exact_norm(self) -> None:
+        """Take the norm of the gradients as they were added up: the wrapper rounds them to 16 bits
+        for it.
+        """
+        wrapper: Any = self._wrapper
+        unscale_and_clip = wrapper.unscale_and_clip_grads
+
+        def by_exact_norm(_: float, apply_scale: bool = True) -> Any:
+            gradients = [p.grad for group in wrapper.fp32_groups for p in group]
+            wrapper._global_grad_norm = float(_norm(gradients))
+            return unscale_and_clip(wrapper._global_grad_norm, apply_scale)
+
+        wrapper.unscale_and_clip_grads = by_exact_norm
+
+    def _grow_scale_after_step(self, fp16: Mapping[str, Any]) -> None:
         """Let the loss scale grow after the update: DeepSpeed lets it grow first, and then divides
         the gradients by a scale that the loss was not multiplied by.
         """
         optimizer = self._engine.optimizer
         self._update_scale = optimizer._update_scale
+        if self._wrapper is not None and self._is_scale_dynamic:
+            self._update_scale = self._patient(self._update_scale, fp16)
 
         def at_once_if_overflow(has_overflow: bool) -> None:
             self._is_scale_spent = has_overflow and self._is_scale_at_least()
@@ -390,13 +489,41 @@ class Engine:
 
         optimizer._update_scale = at_once_if_overflow
 
+    def _patient(
+        self, update_scale: Callable[[bool], None], fp16: Mapping[str, Any]
+    ) -> Callable[[bool], None]:
+        """The wrapper's change of the loss scale with the hysteresis that the other stages have:
+        only the last of so many overflows lowers the scale.
+        """
+        scaler = self._loss_scaler
+        scaler.cur_hysteresis = patience = fp16.get("hysteresis", _HYSTERESIS)
+
+        def update(has_overflow: bool) -> None:
+            if has_overflow and scaler.cur_hysteresis > 1:
+                scaler.cur_hysteresis -= 1
+                scaler.last_overflow_iter = scaler.cur_iter
+                scaler.cur_iter += 1
+                return
+            before = scaler.cur_scale
+            update_scale(has_overflow)
+            if scaler.cur_scale > before or (
+                not has_overflow and fp16.get("consecutive_hysteresis", False)
+            ):
+                scaler.cur_hysteresis = patience
+
+        return update
+
+    @property
+    def _is_scale_dynamic(self) -> bool:
+        scaler = self._loss_scaler
+        return bool(getattr(scaler, "dynamic_loss_scale", getattr(scaler, "dynamic", False)))
+
     def _is_scale_at_least(self) -> bool:
         """Whether no overflow can lower the loss scale any more."""
         scaler = self._loss_scaler
-        is_dynamic = getattr(scaler, "dynamic_loss_scale", getattr(scaler, "dynamic", False))
         least = getattr(scaler, "min_scale", getattr(scaler, "min_loss_scale", None))
         patience = getattr(scaler, "cur_hysteresis", 1)
-        return bool(is_dynamic and scaler.cur_scale <= least and patience <= 1)
+        return bool(self._is_scale_dynamic and scaler.cur_scale <= least and patience <= 1)
 
     @torch.no_grad()
     def _set_masters(self, exact: Mapping[str, Tensor]) -> None:
@@ -495,7 +622,8 @@ class Engine:
         times its own `lr_factor` in a parameter group that has one.
 
         Raises:
-            TrainingDivergedError: gradients overflow at the least loss scale there is.
+            TrainingDivergedError: gradients overflow at the least loss scale there is, or again
+                and again at a static one.
         """
         is_update = self.at_boundary
         if is_update:
@@ -507,8 +635,17 @@ class Engine:
         if not is_update or self._precision != "fp16":
             return
         if not self._engine.optimizer.overflow:
+            self._skipped_in_a_row = 0
             self._update_scale(False)
-        elif self._is_scale_spent:
+            return
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= _MOST_SKIPPED and not self._is_scale_dynamic:
+            raise TrainingDivergedError(
+                f"gradients overflowed in the last {self._skipped_in_a_row} steps, none of which "
+                f"trained anything, at the static fp16.loss_scale of {self.loss_scale:g}; lower "
+                "it, or remove it for a dynamic scale"
+            )
+        if self._is_scale_spent:
             raise TrainingDivergedError(
                 f"gradients overflow in fp16 at {self.loss_scale:g} too, the least loss scale: the "
                 "training has diverged; lower the learning rate, lengthen the warm-up, or use bf16"
@@ -519,8 +656,7 @@ class Engine:
         if self._stage > 0 or self._is_16_bit:
             return None
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm: Tensor = torch.stack(torch._foreach_norm(gradients)).norm()
-        return norm
+        return _norm(gradients)
 
     @property
     def grad_norm(self) -> float:
@@ -576,6 +712,7 @@ class Engine:
             for shard in self._shards():
                 self._optimizer.state.pop(shard.tensor, None)
         self._round_weights()
+        self._skipped_in_a_row = 0
         engine: Any = self._engine
         engine.global_steps = counters["steps"]
         engine.global_samples = counters["steps"] * self.global_batch_samples
@@ -648,6 +785,15 @@ class Engine:
         self._engine.destroy()
 
 
+def _norm(tensors: list[Tensor]) -> Tensor:
+    norm: Tensor = torch.stack(torch._foreach_norm(tensors)).norm()
+    return norm
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _completed(ds_config: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The configuration as DeepSpeed is to see it: with what the served combinations need."""
     config = {key: value for key, value in ds_config.items() if key != "optimizer"}
@@ -659,9 +805,15 @@ def _completed(ds_config: Mapping[str, Any], optimizer: torch.optim.Optimizer) -
         # DeepSpeed doubts every optimizer but its own, with reason: a trust ratio of a flat shard
         # is wrong. Ours knows the parameters inside the shard.
         config["zero_allow_untested_optimizer"] = True
-    if config.get("zero_optimization", {}).get("stage", 0) == 0:
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    dtype = _grad_accum_dtype(config)
+    if dtype == "fp32" and stage <= 1 and config.get("communication_data_type") is None:
+        # In 16 bits the sum over ranks would round what the micro-steps' sum has kept. Here it is
+        # made once a step; stages 2 and 3 make it in every micro-step, where it costs more.
+        config["communication_data_type"] = "fp32"
+    if stage == 0:
         config.pop("data_types", None)  # DeepSpeed knows one there: that of the weights
-    elif (dtype := _grad_accum_dtype(config)) is not None:
+    elif dtype is not None:
         config["data_types"] = {**config.get("data_types", {}), "grad_accum_dtype": dtype}
     return config
 
@@ -671,5 +823,5 @@ def _grad_accum_dtype(ds_config: Mapping[str, Any]) -> str | None:
     would be bf16, whose 8 bits lose them.
     """
     default = "fp32" if precision(ds_config) == "bf16" else None
-    dtype: str | None = ds_config.get("data_types", {}).get("grad_accum_dtype", default)
-    return dtype
+    asked = ds_config.get("data_types", {}).get("grad_accum_dtype")
+    return default if asked is None else _DTYPES.get(asked, str(asked))

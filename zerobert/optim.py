@@ -168,6 +168,7 @@ class Lamb(torch.optim.Optimizer):
             1 - beta1**number if corrects else 1.0,
             1 - beta2**number if corrects else 1.0,
             number,
+            corrects,
         )
         scaling = lamb.Scaling(
             group["lr"],

@@ -68,6 +68,29 @@ def test_fp16_unscales_by_the_scale_it_was_scaled_by(measured: dict[str, Any], s
     assert updates == pytest.approx([1] * len(updates), rel=0.05)  # 0.5 where the scale grows
 
 
+@wrong("hysteresis is not read at stage 0", "Engine._patient can go")
+def test_fp16_at_stage_0_lowers_its_scale_at_the_second_overflow(measured: dict[str, Any]) -> None:
+    assert measured["patience at stage 0"] == 1  # 0.5
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16_lowers_its_scale_at_the_second_overflow(measured: dict[str, Any], stage: int) -> None:
+    assert measured[f"patience at stage {stage}"] == 1
+
+
+@wrong(
+    "what was divided before the sum over as many ranks is not multiplied after it",
+    "check_served need not refuse gradient_predivide_factor at stage 3",
+)
+def test_a_predivide_factor_leaves_gradients_as_they_are(measured: dict[str, Any]) -> None:
+    assert measured["predivided"] == pytest.approx(1, rel=0.01)  # 0.5
+
+
+def test_gradients_that_are_to_be_added_up_are(measured: dict[str, Any]) -> None:
+    """As documented, but a loss that is made for their mean is then too large."""
+    assert measured["added up"] == pytest.approx(2, rel=0.01)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @wrong(
     "scaled gradients are clipped to the norm that is meant for unscaled ones",

@@ -7,6 +7,7 @@ from typing import Any
 
 import deepspeed
 import pytest
+import torch
 
 from zerobert import engine
 from zerobert.config import load_json
@@ -14,6 +15,8 @@ from zerobert.errors import ConfigError
 
 FP16 = {"fp16": {"enabled": True}}
 BF16 = {"bf16": {"enabled": True}}
+ZERO_1 = {"zero_optimization": {"stage": 1}}
+AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 
 
 @pytest.mark.parametrize(
@@ -57,6 +60,64 @@ BF16 = {"bf16": {"enabled": True}}
         ({"zero_optimization": {"stage": 1, "cpu_offload": True}}, "cpu_offload is not served"),
         ({"zero_optimization": {"stage": 4}}, "wanted 0, 1, 2 or 3, got 4"),
         ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal is not served yet"),
+        (
+            {"gradient_allreduce_op": "sum"},
+            "gradient_allreduce_op: wanted \"mean\", got 'sum', .* larger by the number of ranks",
+        ),
+        (
+            {
+                "zero_optimization": {"stage": 3, "reduce_scatter": False},
+                "gradient_predivide_factor": 2.0,
+            },
+            "gradient_predivide_factor scales .* wrongly at ZeRO stage 3",
+        ),
+        *[
+            ({section: {"enabled": True, name: True}}, f"{section}.{name} is not served")
+            for section, name in (
+                ("bf16", "bf16_master_weights_and_grads"),
+                ("bf16", "bf16_optimizer_states"),
+                ("fp16", "fp16_master_weights_and_grads"),
+            )
+        ],
+        *[
+            ({"zero_optimization": {"stage": stage, name: value}}, f"{name} is not served")
+            for stage, name, value in (
+                (1, "legacy_stage1", True),
+                (3, "mics_shard_size", 1),
+                (3, "mics_hierarchical_params_gather", True),
+                (3, "stage3_module_granularity_threshold", 1000),
+            )
+        ],
+        (
+            {"zero_optimization": {"stage": 1, "compute_grad_norm": False}},
+            "compute_grad_norm: false is not served",
+        ),
+        (
+            {
+                "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+                "zero_force_ds_cpu_optimizer": True,
+            },
+            "zero_force_ds_cpu_optimizer: true is not served",
+        ),
+        *[
+            (section | AUTOCAST, f"{name} and torch_autocast are enabled together")
+            for name, section in (("fp16", FP16), ("bf16", BF16))
+        ],
+        (FP16 | BF16, "fp16 and bf16 are enabled together"),
+        *[
+            (
+                section | {"data_types": {"grad_accum_dtype": name}, **ZERO_1},
+                f"grad_accum_dtype: wanted {wanted}, got '{name}'",
+            )
+            for section, name, wanted in (
+                ({}, "fp64", '"fp32"'),
+                ({}, "bf16", '"fp32"'),
+                (BF16, "fp64", '"fp32" or "bf16"'),
+                (BF16, "fp16", '"fp32" or "bf16"'),
+                (FP16, "int8", '"fp32" or "fp16"'),
+            )
+        ],
+        ({"fp16": {"enabled": True, "hysteresis": 0}}, "fp16.hysteresis: wanted .* from 1 on"),
     ],
 )
 def test_each_setting_is_refused_by_name(ds_config: dict[str, Any], message: str) -> None:
@@ -80,6 +141,9 @@ def test_each_setting_is_refused_by_name(ds_config: dict[str, Any], message: str
         {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
         {"zero_optimization": {"stage": 1, "round_robin_gradients": False}},
         {"checkpoint": {"load_universal": False}},
+        {"gradient_allreduce_op": "mean", "gradient_predivide_factor": 2.0},
+        {"zero_optimization": {"stage": 3}, "gradient_predivide_factor": 1.0},
+        {"fp16": {"enabled": False}} | AUTOCAST,
     ],
 )
 def test_what_is_served_passes(ds_config: dict[str, Any]) -> None:
@@ -99,6 +163,42 @@ def test_what_is_computed_in_may_be_less_than_the_weights() -> None:
     assert engine.computes_in({"torch_autocast": {"enabled": False}}) == "fp32"
     assert engine.computes_in(FP16) == "fp16"
     assert engine.computes_in({}) == "fp32"
+
+
+@pytest.mark.parametrize("name", ["fp32", "float32", "float", "torch.float32"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_gradients_are_added_up_in_has_one_name(name: str, stage: int) -> None:
+    zero = {"zero_optimization": {"stage": stage}}
+    asked = BF16 | zero | {"data_types": {"grad_accum_dtype": name}}
+    engine.check_served(asked)
+    assert engine._grad_accum_dtype(asked) == "fp32"
+    assert _completed(asked) == _completed(BF16 | zero)
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "dtype"),
+    [
+        (BF16, "fp32"),
+        (BF16 | ZERO_1, "fp32"),
+        (BF16 | {"zero_optimization": {"stage": 2}}, None),
+        (BF16 | {"zero_optimization": {"stage": 3}}, None),
+        (BF16 | ZERO_1 | {"communication_data_type": "bf16"}, "bf16"),
+        (BF16 | ZERO_1 | {"data_types": {"grad_accum_dtype": "bf16"}}, None),
+        (FP16 | ZERO_1, None),
+        (FP16 | ZERO_1 | {"data_types": {"grad_accum_dtype": "fp32"}}, "fp32"),
+        (ZERO_1, None),
+    ],
+    ids=str,
+)
+def test_gradients_go_over_ranks_in_fp32_where_they_are_added_up_in_it(
+    ds_config: dict[str, Any], dtype: str | None
+) -> None:
+    assert _completed(ds_config).get("communication_data_type") == dtype
+
+
+def _completed(ds_config: dict[str, Any]) -> dict[str, Any]:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    return engine._completed(ds_config, torch.optim.SGD([parameter], lr=0.1))
 
 
 def _constants() -> set[str]:

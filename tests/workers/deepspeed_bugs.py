@@ -167,6 +167,18 @@ def fp16_updates_as_scale_grows(stage: int) -> list[float]:
     return sgd_updates(6, fp16=dynamic, **zero(stage))
 
 
+def scale_after_an_overflow(stage: int) -> float:
+    """The loss scale after the first of two overflows that lower it / before: 1 is right."""
+    model = toy()
+    dynamic = {"enabled": True, "initial_scale_power": 30, "hysteresis": 2}
+    engine = engine_of(model, sgd(model), fp16=dynamic, **zero(stage))
+    before = engine.optimizer.loss_scale
+    # What is too large for fp16 at this scale; at stage 0 nobody scales the loss.
+    take_step(engine, 0, before)
+    assert engine.optimizer.overflow
+    return float(engine.optimizer.loss_scale / before)
+
+
 def autocast_clipped_norm(stage: int) -> float:
     """The norm of what was applied / the norm that was asked for: 1 is right."""
     model = toy()
@@ -286,6 +298,11 @@ def main() -> None:
             f"growing scale at stage {stage}": fp16_updates_as_scale_grows(stage)
             for stage in (1, 2, 3)
         },
+        **{f"patience at stage {stage}": scale_after_an_overflow(stage) for stage in (0, 1, 2, 3)},
+        "predivided": sgd_updates(
+            1, **zero(3, reduce_scatter=False), gradient_predivide_factor=2.0
+        )[0],
+        "added up": sgd_updates(1, **zero(1), gradient_allreduce_op="sum")[0],
     }
     # Last: DeepSpeed remembers autocast for the rest of the process.
     for stage in (0, 1, 2, 3):

@@ -1,10 +1,13 @@
 """Train small models under DeepSpeed and measure how far they are from float64 references.
 
 argv: a JSON file with cases, and the file that rank 0 writes its findings to. A case has a `name`,
-`ds` (DeepSpeed's keys), `optimizer` (the JSON section) and optionally `kernels` (theirs), `naive`,
-for a LAMB that takes ZeRO's flat shard for one tensor, or `overflows`, for a loss scale that is too
+`ds` (DeepSpeed's keys), `optimizer` (the JSON section) and optionally `kernels` (theirs),
+`micro_samples` (sequences of a micro-step), `naive`, for a LAMB that takes ZeRO's flat shard for
+one tensor, `factor`, for a loss that is wrong by it, or `overflows`, for a loss scale that is too
 large at first. Of each case is measured
 
+    gradient: the relative error of the first step's gradient, against a float64 model's;
+    summed: in 16 bits, its relative error against the exact sum of what the micro-steps made;
     given: the largest relative error of a tensor over four steps, the reference being given the
         gradients that DeepSpeed made;
     norm: the largest relative error of the gradient norm that is logged;
@@ -17,6 +20,7 @@ large at first. Of each case is measured
 import copy
 import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -113,6 +117,26 @@ def clipped(gradients: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
     return {name: gradient.double() * share for name, gradient in gradients.items()}
 
 
+def gradients_alone(
+    model: BertForPreTraining, batch: Batch, num_parts: int, scale: float = 1.0
+) -> dict[str, Tensor]:
+    """What one process makes of a global batch, its parts added up in float64."""
+    total: dict[str, Tensor] = {}
+    model.train()
+    for part in parts(batch, num_parts):
+        model.zero_grad()
+        (loss_of(model, part) * scale).backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            total[name] = total.get(name, 0) + parameter.grad.double() / scale
+    return total
+
+
+def error_of(gradients: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    differences = {name: g - wanted[name][: len(g)] for name, g in gradients.items()}
+    return norm_of(differences) / norm_of(wanted)
+
+
 def trained_alone(case: Case, dtype: torch.dtype, num_parts: int) -> dict[str, Tensor]:
     """The weights that one process ends with: float64 masters, model and gradients in `dtype`."""
     model = new_model().to(dtype)
@@ -159,12 +183,20 @@ def whole(engine: Engine, kind: str) -> dict[str, Tensor]:
     return tensors
 
 
+def micro_steps(case: Case) -> int:
+    """Micro-steps of a global batch, on all ranks together."""
+    if "micro_samples" in case:
+        return ROWS // int(case["micro_samples"])
+    return ACCUMULATION * distributed.world_size()
+
+
 def start(case: Case) -> tuple[Engine, torch.optim.Optimizer]:
-    model = new_model(Kernels(**case.get("kernels", {})))
-    optimizer = build_optimizer(model, optimizer_config(case["optimizer"], "case"))
+    kernels = Kernels(**case.get("kernels", {}))
+    model = new_model(kernels)
+    optimizer = build_optimizer(model, optimizer_config(case["optimizer"], "case"), kernels.lamb)
     ds = {
-        "train_micro_batch_size_per_gpu": ROWS // ACCUMULATION // distributed.world_size(),
-        "gradient_accumulation_steps": ACCUMULATION,
+        "train_micro_batch_size_per_gpu": ROWS // micro_steps(case),
+        "gradient_accumulation_steps": micro_steps(case) // distributed.world_size(),
         "train_batch_size": ROWS,
         "gradient_clipping": 0.0,
         **copy.deepcopy(case["ds"]),
@@ -174,13 +206,18 @@ def start(case: Case) -> tuple[Engine, torch.optim.Optimizer]:
     return engine, optimizer
 
 
-def given(case: Case) -> tuple[float, float]:
-    """The largest relative errors of a tensor, given the same gradients, and of their norm."""
-    engine, optimizer = start(case)
+def given(case: Case) -> dict[str, float]:
+    """The errors of the first gradient, and the largest relative errors of a tensor, given the same
+    gradients, and of their norm.
+    """
+    engine, _ = start(case)
+    found: dict[str, float] = {}
+    dtype = DTYPES[precision(case["ds"])]
     lr = case["optimizer"]["params"]["lr"]
     reference = new_reference(whole_weights(engine), case)
     gradients: dict[str, Tensor] = {}
     worst = worst_norm = 0.0
+    is_clipped = False
 
     def capture(*_: object) -> None:
         if not gradients:
@@ -189,21 +226,38 @@ def given(case: Case) -> tuple[float, float]:
                 assert not whole[size:].any()  # rows that pad the vocabulary
                 gradients[name] = whole[:size]
 
-    # BF16_Optimizer reduces the gradients no earlier than in step(); the others let go of them.
-    reads_late = type(engine._engine.optimizer).__name__ == "BF16_Optimizer"
+    # BF16_Optimizer has the gradients of all ranks no earlier than when it steps, and clips them
+    # there; the others let go of them.
+    wrapper = engine._engine.optimizer
+    reads_late = type(wrapper).__name__ == "BF16_Optimizer"
     if reads_late:
-        optimizer.register_step_pre_hook(capture)
+        step = wrapper.step
+
+        def capture_and_step(*args: object) -> None:
+            capture()
+            step(*args)
+
+        wrapper.step = capture_and_step
     rank, ranks = distributed.rank(), distributed.world_size()
     for batch in global_batches(MOST_STEPS):
         skipped = engine.skipped_steps
-        for micro in parts(batch, ACCUMULATION * ranks)[rank::ranks]:
-            engine.backward(loss_of(engine.forward, micro, engine.device))
+        for micro in parts(batch, micro_steps(case))[rank::ranks]:
+            loss = loss_of(engine.forward, micro, engine.device)
+            engine.backward(loss * case.get("factor", 1.0))
             if not reads_late and engine.at_boundary:
                 capture()
             engine.step(lr)
         if engine.skipped_steps == skipped:
+            if reference.t == 0:
+                exact = gradients_alone(new_model().double(), batch, 1)
+                found["gradient"] = error_of(gradients, exact)
+            if reference.t == 0 and dtype != torch.float32:
+                scale = engine.loss_scale
+                rounded = gradients_alone(new_model().to(dtype), batch, micro_steps(case), scale)
+                found["summed"] = error_of(gradients, rounded)
             reference.step(clipped(gradients, case))
             norm = norm_of(gradients)
+            is_clipped |= norm > case["ds"].get("gradient_clipping", math.inf)
             worst_norm = max(worst_norm, abs(engine.grad_norm / norm - 1))
         gradients.clear()
         for name, weight in whole_weights(engine).items():
@@ -214,12 +268,13 @@ def given(case: Case) -> tuple[float, float]:
             break
     assert reference.t == GIVEN_STEPS
     assert (engine.skipped_steps > 0) == bool(case.get("overflows"))
+    assert is_clipped == ("gradient_clipping" in case["ds"])
     assert (
         max(float((w - reference.start[name]).norm()) for name, w in reference.weights.items())
         > 1e-2
     )
     engine.close()
-    return worst, worst_norm
+    return {**found, "given": worst, "norm": worst_norm}
 
 
 def trained(case: Case) -> dict[str, Tensor]:
@@ -227,7 +282,7 @@ def trained(case: Case) -> dict[str, Tensor]:
     engine, _ = start(case)
     rank, ranks = distributed.rank(), distributed.world_size()
     for batch in global_batches(TRAINED_STEPS):
-        for micro in parts(batch, ACCUMULATION * ranks)[rank::ranks]:
+        for micro in parts(batch, micro_steps(case))[rank::ranks]:
             engine.backward(loss_of(engine.forward, micro, engine.device))
             engine.step(case["optimizer"]["params"]["lr"])
     state = whole_weights(engine)
@@ -244,9 +299,8 @@ def distance(state: dict[str, Tensor], wanted: dict[str, Tensor], names: list[st
 
 
 def measure(case: Case) -> dict[str, Any]:
-    found: dict[str, Any] = {"name": case["name"]}
-    found["given"], found["norm"] = given(case)
-    if case.get("naive") or case.get("overflows"):
+    found: dict[str, Any] = {"name": case["name"], **given(case)}
+    if any(name in case for name in ("naive", "overflows", "factor")):
         return found
     exact = trained_alone(case, torch.float64, 1)
     state = trained(case)
@@ -259,8 +313,7 @@ def measure(case: Case) -> dict[str, Any]:
         float((state[name].double() - exact[name]).abs().max()) for name in names
     )
     if dtype != torch.float32:
-        num_parts = ACCUMULATION * distributed.world_size()
-        rounded = trained_alone(case, dtype, num_parts)
+        rounded = trained_alone(case, dtype, micro_steps(case))
         found["spread"] = distance(state, exact, names) / distance(rounded, exact, names)
     return found
 

@@ -36,7 +36,8 @@ class Pieces(NamedTuple):
 class Rates(NamedTuple):
     """A step's numbers; the corrections are 1 - beta**step, or 1 for moments left as they are.
 
-    `step`, counted from 1, is for a kernel that works them out by itself.
+    `step`, counted from 1, and `corrects` are for a kernel that works them out by itself: some
+    hundred steps on a correction is 1, too.
     """
 
     beta1: float
@@ -46,6 +47,7 @@ class Rates(NamedTuple):
     correction1: float
     correction2: float
     step: int = 1
+    corrects: bool = True
 
 
 class Scaling(NamedTuple):

@@ -37,7 +37,7 @@ def _step_local(pieces: Pieces, rates: Rates, scaling: Scaling) -> None:
         rates.beta2,
         rates.eps,
         rates.step,
-        rates.correction1 != 1,  # whether it corrects the moments
+        rates.corrects,
         rates.weight_decay,
         True,  # the new moment takes 1 - beta1 of the gradient
         1,  # weight decay is part of the update

@@ -11,11 +11,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.optimizer_references import DeepSpeedLamb
 from zerobert.errors import ConfigError, MissingDependencyError
 from zerobert.kernels import lamb, lamb_apex
 from zerobert.kernels.lamb import Pieces, Rates, Scaling
@@ -28,7 +30,7 @@ LENGTHS = (1, 3, 127, 128, 768, 2048, 5000)
 STEP_3 = {"correction1": 1 - 0.9**3, "correction2": 1 - 0.999**3}
 RATES = {
     "step 3": Rates(0.9, 0.999, 1e-6, 0.01, **STEP_3),
-    "no bias correction": Rates(0.9, 0.999, 1e-6, 0.01, 1.0, 1.0),
+    "no bias correction": Rates(0.9, 0.999, 1e-6, 0.01, 1.0, 1.0, corrects=False),
     "no weight decay": Rates(0.9, 0.999, 1e-6, 0.0, **STEP_3),
     "no memory": Rates(0.0, 0.0, 1e-3, 0.1, 1.0, 1.0),
 }
@@ -82,7 +84,7 @@ def on(device: str, pieces: Pieces) -> Pieces:
 
 def formula(pieces: Pieces, rates: Rates) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Both moments after a step, and the updates, in float64."""
-    beta1, beta2, eps, weight_decay, correction1, correction2, _ = rates
+    beta1, beta2, eps, weight_decay, correction1, correction2, *_ = rates
     found: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     for weight, gradient, exp_avg, exp_avg_sq in zip(*pieces, strict=True):
         w, g = weight.double(), gradient.double()
@@ -355,6 +357,98 @@ def test_triton_in_its_interpreter(repository: Path) -> None:
     assert finished.returncode == 0, finished.stdout[-5000:] + finished.stderr[-2000:]
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize("adapts", [False, True])
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("waits", [False, True])
+def test_tritons_kernel_compiles_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, adapts: bool, aligned: bool, waits: bool
+) -> None:
+    """The interpreter takes what the compiler refuses."""
+    if IS_INTERPRETED:
+        pytest.skip("the interpreter compiles nothing")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from zerobert.kernels import lamb_triton
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    function = lamb_triton._work
+    settings = {"ADAPTS": adapts, "WAITS": waits, "ALIGNED": aligned, "CHUNK": lamb_triton.CHUNK}
+    signature = dict.fromkeys(function.arg_names, "fp32")
+    signature |= dict.fromkeys(("partials", "squares", "scales"), "*fp32")
+    signature |= dict.fromkeys(("items", "drawn", "finished"), "*i32")
+    signature |= {"num_items": "i32", "table": "*i64"} | dict.fromkeys(settings, "constexpr")
+    constants: dict[Any, Any] = {
+        (function.arg_names.index(name),): value for name, value in settings.items()
+    }
+    compiled = triton.compile(
+        ASTSource(function, signature, constants),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": lamb_triton.NUM_WARPS},
+    )
+    assert "sm_90" in compiled.asm["ptx"]
+
+
+def steps_of(optimizer: Any, weight: torch.nn.Parameter, number: int = 5) -> list[Tensor]:
+    """The weights after each of some steps."""
+    generator = torch.Generator().manual_seed(7)
+    after = []
+    for _ in range(number):
+        weight.grad = torch.randn(weight.shape, generator=generator).to(weight.device)
+        optimizer.step()
+        after.append(weight.detach().double().cpu().clone())
+    return after
+
+
+def test_deepspeeds_lamb_corrects_after_the_ratio() -> None:
+    start = torch.linspace(-1.0, 1.2, 50)
+    weight = torch.nn.Parameter(start.clone())
+    group = {"name": "decay", "params": [weight], "weight_decay": 0.01}
+    ours = steps_of(Lamb([group], lr=0.01, eps=1e-6), weight, 1)[0] - start
+    theirs = DeepSpeedLamb(start, lr=0.01, weight_decay=0.01, eps=1e-6)
+    generator = torch.Generator().manual_seed(7)
+    theirs.step(torch.randn(start.shape, generator=generator))
+    share = float((theirs.weight - start).norm() / ours.norm())
+    assert share == pytest.approx(0.316, abs=5e-4)  # docs/reproduce.md
+
+
+@on_a_gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_apexs_own_lamb_takes_the_same_steps(weight_decay: float) -> None:
+    optimizers = pytest.importorskip("apex.optimizers", exc_type=ImportError)
+    start = torch.linspace(-1.0, 1.2, 5000, device=CUDA)
+    weights = [torch.nn.Parameter(start.clone()) for _ in range(2)]
+    group = {"name": "group", "params": [weights[0]], "weight_decay": weight_decay}
+    theirs = optimizers.FusedLAMB(
+        [weights[1]], lr=0.01, eps=1e-6, weight_decay=weight_decay, max_grad_norm=1e9
+    )
+    ours = steps_of(Lamb([group], lr=0.01, eps=1e-6), weights[0])
+    for mine, other in zip(ours, steps_of(theirs, weights[1]), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+@on_a_gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_deepspeeds_own_lamb_is_its_stand_in(weight_decay: float) -> None:
+    from deepspeed.ops.lamb import FusedLamb
+    from deepspeed.ops.op_builder import FusedLambBuilder
+
+    if not FusedLambBuilder().is_compatible():
+        pytest.skip("DeepSpeed can't build its FusedLamb here")
+    start = torch.linspace(-1.0, 1.2, 5000)
+    weight = torch.nn.Parameter(start.to(CUDA))
+    found = steps_of(FusedLamb([weight], lr=0.01, weight_decay=weight_decay), weight)
+    stand_in = DeepSpeedLamb(start, lr=0.01, weight_decay=weight_decay)
+    generator = torch.Generator().manual_seed(7)
+    for mine in found:
+        stand_in.step(torch.randn(start.shape, generator=generator))
+        torch.testing.assert_close(mine, stand_in.weight, rtol=1e-5, atol=1e-6)
+
+
 class StandInApplier:
     """What apex's kernel computes, after its documentation, in float64."""
 
@@ -395,6 +489,28 @@ def test_apex_is_given_its_arguments_in_its_order(
             model(torch.randn(4, 7)).square().sum().backward()
             optimizer.step()
         weights[kernel] = torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.testing.assert_close(weights["apex"], weights["plain"], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.999)])
+def test_apex_corrects_moments_where_the_first_correction_is_one(
+    monkeypatch: pytest.MonkeyPatch, betas: tuple[float, float]
+) -> None:
+    monkeypatch.setattr(lamb_apex, "LAMB", "kernel")
+    monkeypatch.setattr(lamb_apex, "APPLIER", StandInApplier())
+    monkeypatch.setattr(lamb, "_check_apex", lambda device: None)
+    weights = {}
+    for kernel in ("plain", "apex"):
+        weight = torch.nn.Parameter(torch.linspace(0.1, 1.0, 5))
+        groups = [{"name": "no_decay", "params": [weight], "weight_decay": 0.0}]
+        optimizer = Lamb(groups, lr=0.01, betas=betas, kernel=kernel)
+        weight.grad = torch.linspace(-1.0, 1.0, 5)
+        optimizer.step()
+        optimizer.state[weight]["step"].fill_(399)
+        weight.grad = torch.linspace(-1.0, 1.0, 5)
+        optimizer.step()
+        weights[kernel] = weight.detach()
+    assert 1 - betas[0] ** 400 == 1
     torch.testing.assert_close(weights["apex"], weights["plain"], atol=1e-6, rtol=1e-5)
 
 

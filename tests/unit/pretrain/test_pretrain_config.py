@@ -320,6 +320,23 @@ def test_the_vocabulary_decides_its_size(tmp_path: Path) -> None:
             {"zero_optimization": {"stage": 1}, "bert": {"kernels": {"lamb": "apex"}}},
             "bert.kernels.lamb 'apex' takes whole parameters",
         ),
+        *[
+            (
+                {
+                    "optimizer": {"type": "Lamb", "params": {name: 0.5}},
+                    "bert": {"kernels": {"lamb": "apex"}},
+                },
+                f"bert.kernels.lamb 'apex' knows no optimizer.params.{name}",
+            )
+            for name in ("min_coeff", "max_coeff")
+        ],
+        (
+            {
+                "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}},
+                "bert": {"kernels": {"lamb": "triton"}},
+            },
+            "bert.kernels.lamb 'triton' runs on CUDA, and zero_optimization.offload_optimizer",
+        ),
         ({"scheduler": {"type": "OneCycle"}}, r"mine\.json: scheduler\.type: OneCycle is not"),
         (
             {"scheduler": {"type": "WarmupLR"}, "bert": {"schedule": {}}},
