@@ -279,13 +279,16 @@ def _find_state(course: Course, folder: Path) -> dict[str, Any] | None:
     """
     if not manifest.is_complete(folder):
         return None
-    check_state(course, folder)
+    check_state(course.source, course.inputs, folder)
     progress: dict[str, Any] = manifest.verify_folder(folder).config["progress"]
     return progress
 
 
-def check_state(course: Course, folder: Path) -> None:
+def check_state(source: Mapping[str, Any], inputs: Mapping[str, str], folder: Path) -> None:
     """Hold the state of a training that did not come to its end, if there is one, against this one.
+
+    Args:
+        source, inputs: see `Course`.
 
     Raises:
         ConfigError: it was of other settings or inputs.
@@ -293,7 +296,7 @@ def check_state(course: Course, folder: Path) -> None:
     if manifest.is_complete(folder):
         record = manifest.read_manifest(folder)
         before = {**flatten(record.config["run"]), **record.inputs}
-        check_same_run(before, {**flatten(course.source), **course.inputs}, str(folder))
+        check_same_run(before, {**flatten(source), **inputs}, str(folder))
 
 
 def _kept_weights(settings: loop.Settings, folder: Path) -> dict[str, torch.Tensor]:

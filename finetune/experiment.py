@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune import config, data, glue, job, submission
 from finetune.data import find_labels, parse_columns
-from finetune.output import check_output, claimed
+from finetune.output import check_output, claimed, discard_spent_state, told
 from finetune.report import REPORT_NAME
 from finetune.tasks import Task, custom_task, find_task, plain
 from zerobert import distributed
@@ -15,7 +15,7 @@ from zerobert.checkpoint import newest_model
 from zerobert.device import slow_precision, this_device
 from zerobert.engine import computes_in
 from zerobert.errors import ConfigError
-from zerobert.manifest import is_complete
+from zerobert.manifest import is_complete, writing
 from zerobert.signals import StopRequest
 
 RUNS = Path("runs")
@@ -80,6 +80,25 @@ def run_all(args: argparse.Namespace, stop: StopRequest) -> None:
             raise ConfigError("--from_mnli: there is no data of MNLI to fine-tune on first")
     if args.from_mnli:
         tasks = sorted(tasks, key=lambda task: task.name != "MNLI")
+    with contextlib.ExitStack() as held:
+        with distributed.one_voice():
+            if distributed.is_main():
+                with writing(out):
+                    out.mkdir(parents=True, exist_ok=True)
+            held.enter_context(told(out))
+        _run_each(args, tasks, model, out, stop, reuses=reuses)
+
+
+def _run_each(
+    args: argparse.Namespace,
+    tasks: list[Task],
+    model: str,
+    out: Path,
+    stop: StopRequest,
+    *,
+    reuses: bool,
+) -> None:
+    """Fine-tune on one task after the other, and tell their results."""
     title = f"GLUE dev sets, {model}"
     results: list[dict[str, Any]] = []
     for task in tasks:
@@ -149,9 +168,12 @@ def run_task(
                 do_predict=args.do_predict,
             )
             held.enter_context(claimed(out))
+            held.enter_context(told(out))
             done = job.finished(prepared, settings, seeds, out) if reuses else None
         if done is not None:
             print(f"{task.name}: finished in {out}")
+            if distributed.is_main():
+                discard_spent_state(out)
             job.answer_tests(prepared, settings, out)
             return done
         return job.run_seeds(prepared, settings, seeds, out, stop, resumes=args.resume == "auto")

@@ -130,20 +130,23 @@ def run_seeds(
         DataError: something can't be written.
         SystemExit: a signal asked to end.
     """
+    if resumes:  # before one of them is trained anew
+        with distributed.one_voice():
+            check_states(job, settings, seeds, out)
     if len(seeds) == 1 or not job.train:
         return run(job, _with_seed(settings, seeds[0]), out, stop, resumes=resumes)
     reuses = resumes and not manifest.is_complete(out)  # else all seeds came to their end
-    if resumes:  # before one of them is trained anew
-        with distributed.one_voice():
-            for seed in seeds:
-                state = out / f"seed_{seed}" / output.STATE_NAME
-                course.check_state(_course(job, _with_seed(settings, seed)), state)
     results = []
     for seed in seeds:
         folder, own = out / f"seed_{seed}", _with_seed(settings, seed)
+        with distributed.one_voice():
+            if distributed.is_main():
+                output.finish_replacement(folder)
         done = finished(job, own, [seed], folder) if reuses else None
         if done is not None:
             print(f"{job.task.name}: seed {seed} is finished in {folder}")
+            if distributed.is_main():
+                output.discard_spent_state(folder)
             answer_tests(job, own, folder)
         results.append(done or run(job, own, folder, stop, resumes=resumes))
     result = metrics.summarize_seeds(results)
@@ -151,6 +154,22 @@ def run_seeds(
         if distributed.is_main():
             _keep_seed(out, result, seeds)
     return result
+
+
+def check_states(job: Job, settings: loop.Settings, seeds: Sequence[int], out: Path) -> None:
+    """Refuse a folder with the state of another training, which would be written over.
+
+    Raises:
+        ConfigError: names what differs.
+    """
+    own = jsonable(_source(job, settings))
+    if job.train and len(seeds) > 1:
+        own["settings"]["seed"] = list(seeds)  # none of them is trained in `out` itself
+        for seed in seeds:
+            state = out / f"seed_{seed}" / output.STATE_NAME
+            source = jsonable(_source(job, _with_seed(settings, seed)))
+            course.check_state(source, job.versions, state)
+    course.check_state(own, job.versions, out / output.STATE_NAME)
 
 
 def _with_seed(settings: loop.Settings, seed: int) -> loop.Settings:

@@ -79,6 +79,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
                 print(f"warning: {slow}")
             job = prepare(args, model)
             held.enter_context(output.claimed(out))
+            held.enter_context(output.told(out))
         result = fine_tune(job, settings, out, stop, resumes=args.resume == "auto")
         rows = [
             (name, f"{100 * value:.2f}", f"{PUBLISHED[name]:.1f}")
@@ -152,6 +153,10 @@ def fine_tune(
     start = "random weights" if job.random_init else str(job.folder.path)
     output.announce_replacement(out)
     course.announce("SQuAD", start, out, settings.seed)
+    if resumes:
+        with distributed.one_voice():
+            source = jsonable(_source(job, settings))
+            course.check_state(source, job.versions, out / output.STATE_NAME)
     if job.train:
         made = course.run(_course(job, job.train, settings), settings, out, stop, resumes=resumes)
     else:

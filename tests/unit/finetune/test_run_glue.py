@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune import course, experiment, glue, job, loop, run_glue
+from finetune import course, experiment, glue, job, loop, output, run_glue
 from finetune.course import Evaluation
 from finetune.tasks import TASKS, find_task
 from tests.glue_files import write_every_task
@@ -27,6 +27,7 @@ from zerobert.errors import (
 )
 from zerobert.model import BertForPreTraining, BertForSequenceClassification
 from zerobert.tokenizer import SPECIAL_TOKENS, WordPieceTokenizer
+from zerobert.tracking import read_status
 
 WORDS = ("good", "fine", "bad", "poor", "a", "the", "soup", "tea", "was", "is")
 CONFIG = BertConfig(
@@ -250,7 +251,9 @@ def test_a_run_that_was_ended_goes_on_bit_for_bit(
         run(monkeypatch, *flags, "--output_dir", "cut")
     assert stopped.value.code == 143
     let_go_on()
-    assert sorted(path.name for path in Path("cut").iterdir()) == ["state"]
+    assert sorted(path.name for path in Path("cut").iterdir()) == ["state", "status.json"]
+    status = read_status(Path("cut"))
+    assert (status["state"], status["exit_code"]) == ("preempted", 143)
     with pytest.raises(ConfigError, match=r"params\.lr was 0\.001, is 0\.002; use"):
         run(monkeypatch, *flags, "--learning_rate", "2e-3", "--output_dir", "cut")
     capsys.readouterr()
@@ -277,6 +280,8 @@ def test_an_ended_glue_run_keeps_what_it_has_finished(
     assert "STS-B: seed 1 is finished in out/STS-B/seed_1" in printed
     assert Path("out/SST-2/result.json").stat().st_mtime_ns == finished
     assert json.loads(Path("out/glue.json").read_text())["is_finished"]
+    for folder in (Path("out"), Path("out/SST-2")):
+        assert read_status(folder)["state"] == "done"
     run(monkeypatch, *flags)  # the run is whole: everything anew
     assert Path("out/SST-2/result.json").stat().st_mtime_ns != finished
 
@@ -324,6 +329,50 @@ def test_other_settings_are_refused_before_a_finished_seed_is_trained_anew(
     with pytest.raises(ConfigError, match=r"seed_2/state .*params\.lr was 2e-05, is 0\.05"):
         run(monkeypatch, *flags, "--learning_rate", "5e-2")
     assert Path("out/seed_1/model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed"),
+    [
+        (("--task_name", "sst2", "--seeds", "1,2"), r"seed was 42, is \[1, 2\]"),
+        (("--task_name", "ax", "--model_name_or_path", "mnli"), "task was 'SST-2', is 'AX'"),
+    ],
+)
+def test_another_run_s_state_is_not_written_over(
+    pretrained: Path, root: Path, monkeypatch, flags: tuple[str, ...], changed: str
+) -> None:
+    once = ("--max_steps", "1", "--output_dir")
+    run(monkeypatch, "--task_name", "mnli", *once, "mnli")
+    let_go_on = ended_after(monkeypatch, 1)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--task_name", "sst2", *once, "out")
+    let_go_on()
+    with pytest.raises(ConfigError, match=rf"out/state is of a run with other .*{changed}.*never"):
+        run(monkeypatch, *flags, *once, "out")
+    assert manifest.is_complete(Path("out/state"))
+    run(monkeypatch, *flags, *once, "out", "--resume", "never")
+    assert not Path("out/state").exists()
+
+
+def test_a_kill_while_the_model_is_moved_costs_no_training(
+    pretrained: Path, root: Path, monkeypatch, capsys
+) -> None:
+    flags = ("--task_name", "sst2", "--max_steps", "2", "--output_dir")
+    whole = run(monkeypatch, *flags, "whole")
+
+    def die(folder: Path) -> None:
+        if (folder / ".completed").exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(output, "finish_replacement", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, *flags, "cut")
+    monkeypatch.undo()
+    monkeypatch.chdir(pretrained.parents[2])
+    capsys.readouterr()
+    cut = run(monkeypatch, *flags, "cut")
+    assert "going on from step 2" in capsys.readouterr().out
+    assert {**cut, "wall_s": 0} == {**whole, "wall_s": 0}
 
 
 def test_the_best_weights_are_not_replaced_by_others(
@@ -731,4 +780,5 @@ def test_a_run_that_diverged_saves_nothing(pretrained: Path, root: Path, monkeyp
             *("--task_name", "stsb", "--learning_rate", "1e30", "--num_train_epochs", "9"),
             *("--save_steps", "2", "--logging_steps", "100", "--output_dir", "out"),
         )
-    assert not list(Path().glob("out/*"))
+    assert [path.name for path in Path().glob("out/*")] == ["status.json"]
+    assert read_status(Path("out"))["state"] == "failed"
