@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from finetune.tables import read_rows
+from finetune.tables import read_header, read_rows
 from finetune.tasks import File, Split, Task, plain
 from zerobert.errors import ConfigError, DataError, MissingDependencyError, print_aside
 from zerobert.manifest import sha256_file
@@ -140,9 +140,9 @@ def _from_folder(task: Task, split: Split, folder: Path) -> Examples:
     path = folder / file.name
     has_labels = not split.submission
     keep = _listed_ids(folder) if file.rows != "all" else None
+    named = _columns(task, file)
     columns = (
-        *task.text_columns,
-        *([task.label_column] if has_labels else []),
+        *(named if has_labels else named[:-1]),
         *(_MRPC_ID_COLUMNS if keep is not None else []),
     )
     num_texts = len(task.text_columns)
@@ -163,6 +163,26 @@ def _from_folder(task: Task, split: Split, folder: Path) -> Examples:
         second=[row[1] for row in texts] if num_texts > 1 else None,
         labels=_label_array(task, labels) if has_labels else None,
     )
+
+
+def _columns(task: Task, file: File) -> tuple[str, ...]:
+    """The columns of the texts and of the label, as a file names them."""
+    return file.columns or (*task.text_columns, task.label_column)
+
+
+def with_labelled(task: Task, folder: Path | None) -> Task:
+    """The task with a dev set more, where a file that mostly has no labels has some.
+
+    Raises:
+        DataError: such a file can't be read.
+    """
+    split = task.sometimes_labelled
+    for file in split.files if split and folder is not None else ():
+        path = Path(folder or "", file.name)
+        if path.is_file() and set(_columns(task, file)) <= set(read_header(path)):
+            assert split is not None
+            return dataclasses.replace(task, dev=(dataclasses.replace(split, files=(file,)),))
+    return task
 
 
 def _listed_ids(folder: Path) -> set[tuple[str, ...]]:

@@ -79,6 +79,7 @@ def prepare(
             f"and {folder.path} is none; fine-tune on {task.trained_on} and give its output folder"
         )
     where = data.choose_folder(task, data_dir) if task.folders else Path()
+    task = data.with_labelled(task, where)
     versions = {"model": checkpoint.version(folder.path), "vocabulary": tokenizer.sha256}
     test_versions: dict[str, str] = {}
 

@@ -4,6 +4,7 @@ GLUE's files are plain lines of cells between tabs: a quote is a character like 
 reader that takes it for more swallows rows. Every fault is a `DataError` with file and line.
 """
 
+import contextlib
 import csv
 import json
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,7 @@ def read_rows(
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    try:
+    with _reading(path):
         match path.suffix.lower():
             case ".csv":
                 yield from _csv_rows(path, columns)
@@ -41,6 +42,23 @@ def read_rows(
                 yield from _json_rows(path, columns)
             case _:
                 yield from _tab_rows(path, columns, header, skips_broken_rows)
+
+
+def read_header(path: Path) -> list[str]:
+    """The columns that the first line of a TAB-separated file names.
+
+    Raises:
+        DataError: the file can't be read.
+    """
+    with _reading(path):
+        return next(_lines(path), (0, ""))[1].split("\t")
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what goes wrong into a `DataError` that names the file."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise DataError(

@@ -577,6 +577,34 @@ def test_ax_needs_a_model_that_was_fine_tuned_on_mnli(
         run(monkeypatch, "--task_name", "ax", "--model_name_or_path", pretrained)
 
 
+FULL = "Logic\tPremise\tHypothesis\tLabel\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [("ax.tsv", "index\tsentence1\tsentence2\tlabel\n"), ("diagnostic-full.tsv", FULL)],
+)
+def test_ax_is_scored_where_it_has_labels(
+    pretrained: Path, root: Path, monkeypatch, capsys, name: str, header: str
+) -> None:
+    rows = [f"{i}\t{text}\ta soup\t" for i, (text, _) in enumerate(SENTENCES)]
+    labels = [("neutral", "entailment")[label] for _, label in SENTENCES]
+    labelled = [f"{row}{label}\n" for row, label in zip(rows, labels, strict=True)]
+    plain = "index\tsentence1\tsentence2\n" + "".join(f"{row[:-1]}\n" for row in rows)
+    write(root / "AX" / "ax.tsv", plain)
+    write(root / "AX" / name, header + "".join(labelled))
+    flags = ("--learning_rate", "3e-3", "--num_train_epochs", "40", "--output_dir")
+    run(monkeypatch, "--task_name", "mnli", *flags, "mnli")
+    model = ("--model_name_or_path", "mnli", "--output_dir", "ax")
+    result = run(monkeypatch, "--task_name", "ax", *model)
+    assert result["metrics"] == {"matthews": 1.0}
+    assert (result["value"], result["num_eval_samples"]) == (1.0, 16)
+    given = [line.split("\t")[1] for line in Path("ax/AX.tsv").read_text().splitlines()]
+    assert given == ["prediction", *labels]
+    assert "matthews" in capsys.readouterr().out
+    assert Path("ax/report.html").is_file()
+
+
 @pytest.mark.parametrize("suffix", ["tsv", "csv", "jsonl"])
 def test_own_data_in_each_format(pretrained: Path, monkeypatch, suffix: str) -> None:
     separator = {"tsv": "\t", "csv": ","}.get(suffix)
