@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from finetune import loop, output
-from finetune.batches import Split, plain_forward
+from finetune.batches import Split, Stopped, plain_forward
 from zerobert import distributed, manifest, training_state
 from zerobert.device import this_device
 from zerobert.ds_config import check_same_run, flatten
 from zerobert.engine import Engine, computes_in
-from zerobert.errors import CheckpointError
+from zerobert.errors import CheckpointError, exit_code
 from zerobert.signals import StopRequest
 from zerobert.training_state import StateReader
 
@@ -178,12 +178,16 @@ def train(
         output.discard_state(out)
     for review in _reviews(course, settings, engine, progress, stop):
         progress.step = review.step
-        progress.owes_review = review.is_due and review.exit_code != 0
         evaluation = None
         if not review.exit_code:
             engine.train(False)
-            evaluation = course.evaluate(engine.forward, review.step)
-            _judge(course, settings, progress, evaluation)
+            try:
+                evaluation = course.evaluate(engine.forward, review.step)
+            except Stopped as stopped:  # the step itself is done
+                review = dataclasses.replace(review, exit_code=exit_code(stopped))
+            else:
+                _judge(course, settings, progress, evaluation)
+        progress.owes_review = review.is_due and review.exit_code != 0
         progress.elapsed_s = progress.earlier_s + time.perf_counter() - started
         _save(course, settings, engine, progress, review, evaluation, folder)
         if review.exit_code:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import config, data, glue, job, submission
+from finetune.batches import end_if_asked
 from finetune.data import find_labels, parse_columns
 from finetune.output import check_output, claimed, discard_spent_state, told
 from finetune.report import REPORT_NAME
@@ -102,6 +103,7 @@ def _run_each(
     title = f"GLUE dev sets, {model}"
     results: list[dict[str, Any]] = []
     for task in tasks:
+        end_if_asked(stop)
         source = task.trained_on or (task.gains_from if args.from_mnli else "")
         has_source = any(result["task"] == source for result in results)
         begin = str(out / source) if has_source else model
@@ -159,14 +161,16 @@ def run_task(
                 check_output(folder, Path(model))
             if slow := slow_precision(this_device(), computes_in(settings.deepspeed)):
                 print(f"warning: {slow}")
-            prepared = job.prepare(
-                task,
-                model=model,
-                random_init=args.random_init,
-                data_dir=args.data_dir,
-                max_seq_length=args.max_seq_length,
-                do_predict=args.do_predict,
-            )
+        prepared = job.prepare(
+            task,
+            model=model,
+            random_init=args.random_init,
+            data_dir=args.data_dir,
+            max_seq_length=args.max_seq_length,
+            do_predict=args.do_predict,
+            stop=stop,
+        )
+        with distributed.one_voice():
             held.enter_context(claimed(out))
             held.enter_context(told(out))
             done = job.finished(prepared, settings, seeds, out) if reuses else None

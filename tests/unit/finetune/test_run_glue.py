@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from finetune import course, experiment, glue, job, loop, output, run_glue
+from finetune import batches, course, experiment, glue, job, loop, output, run_glue
 from finetune.course import Evaluation
 from finetune.tasks import TASKS, find_task
 from tests.glue_files import write_every_task
@@ -26,6 +27,7 @@ from zerobert.errors import (
     TrainingDivergedError,
 )
 from zerobert.model import BertForPreTraining, BertForSequenceClassification
+from zerobert.signals import StopRequest
 from zerobert.tokenizer import SPECIAL_TOKENS, WordPieceTokenizer
 from zerobert.tracking import read_status
 
@@ -233,9 +235,9 @@ def test_the_best_model_is_kept_and_patience_ends_the_training(
 def ended_after(monkeypatch, steps: int):
     """Let a signal come in the training's n-th step; returns what makes an end of that."""
     count = itertools.count(1)
-    flags = loop.signals.flags
-    monkeypatch.setattr(loop.signals, "flags", lambda _: [float(next(count) == steps), 0.0])
-    return lambda: monkeypatch.setattr(loop.signals, "flags", flags)
+    asked = loop.stop_code
+    monkeypatch.setattr(loop, "stop_code", lambda _: 143 * (next(count) == steps))
+    return lambda: monkeypatch.setattr(loop, "stop_code", asked)
 
 
 @pytest.mark.parametrize("step", [5, 6, 24])
@@ -262,6 +264,56 @@ def test_a_run_that_was_ended_goes_on_bit_for_bit(
     assert {**result, "wall_s": 0} == {**whole, "wall_s": 0}
     weights = [Path(out, "model.safetensors").read_bytes() for out in ("whole", "cut")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("moment", "found"),
+    [
+        (1, set()),  # behind a split that is read
+        (3, {"state", "status.json"}),  # in the evaluation after the first epoch
+        (4, {"state", "status.json"}),  # in the one after the second
+        (5, {"state", "status.json"}),  # while the test set is answered
+    ],
+)
+def test_a_signal_is_heard_outside_of_training_too(
+    pretrained: Path, root: Path, monkeypatch, moment: int, found: set[str]
+) -> None:
+    flags = ("--task_name", "sst2", "--num_train_epochs", "2", "--do_predict", "--output_dir")
+    asked, count = batches.end_if_asked, itertools.count(0)
+
+    def end(stop) -> None:
+        if next(count) == moment:
+            raise batches.Stopped(130)
+
+    whole = run(monkeypatch, *flags, "whole")
+    monkeypatch.setattr(batches, "end_if_asked", end)
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *flags, "cut")
+    assert stopped.value.code == 130
+    monkeypatch.setattr(batches, "end_if_asked", asked)
+    assert {path.name for path in Path().glob("cut/*")} == found
+    assert {**run(monkeypatch, *flags, "cut"), "wall_s": 0} == {**whole, "wall_s": 0}
+
+
+def test_a_signal_is_heard_between_tasks_and_seeds(
+    pretrained: Path, root: Path, monkeypatch
+) -> None:
+    run_task = experiment.run_task
+    asked: list[StopRequest] = []
+
+    def ask(args, task, model, out, stop, **options):
+        result = run_task(args, task, model, out, stop, **options)
+        stop.exit_code = 143
+        asked.append(stop)
+        return result
+
+    monkeypatch.setattr(experiment, "run_task", ask)
+    flags = ("--task_name", "glue", "--max_steps", "1", "--output_dir", "out")
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *flags)
+    assert (stopped.value.code, len(asked)) == (143, 1)
+    assert read_status(Path("out"))["state"] == "preempted"
+    assert not json.loads(Path("out/glue.json").read_text())["is_finished"]
 
 
 def test_an_ended_glue_run_keeps_what_it_has_finished(
@@ -423,6 +475,19 @@ def test_a_classifier_of_other_labels_is_new(
     first, again, other = (classifier(out) for out in ("first", "again", "other"))
     assert torch.allclose(first, again, atol=1e-6)
     assert not torch.allclose(first, other, atol=1e-3)
+
+
+def test_a_pooler_that_is_new_is_said(pretrained: Path, root: Path, monkeypatch, capsys) -> None:
+    flags = ("--task_name", "sst2", "--max_steps", "1")
+    run(monkeypatch, *flags)
+    assert "pooler" not in capsys.readouterr().out
+    weights = load_file(pretrained / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "pooler" not in name}
+    save_file(kept, pretrained / "model.safetensors")
+    (pretrained / "manifest.json").unlink()
+    run(monkeypatch, *flags, "--model_name_or_path", "runs/tiny/model_7")
+    said = "SST-2: the pooler is new: runs/tiny/model_7 has none\n"
+    assert said in capsys.readouterr().out
 
 
 def classifier(out: str) -> torch.Tensor:
