@@ -96,12 +96,26 @@ def check_files(task: Task, data_dir: Path | None, *, with_test: bool) -> None:
         DataError: names the one that is missing.
     """
     folder = choose_folder(task, data_dir)
-    needs_test = with_test or not task.train
-    splits = (task.train, *task.dev, *(task.test if needs_test else ()))
-    if folder is not None:
-        for split in splits:
-            if split:
-                _find_file(task, split, folder)
+    for split in _splits(task, with_test=with_test):
+        if folder is not None:
+            _find_file(task, split, folder)
+
+
+def read_all(task: Task, data_dir: Path | None, *, with_test: bool) -> None:
+    """Read every row and label once.
+
+    Raises:
+        DataError, MissingDependencyError: see `load_split`.
+    """
+    folder = choose_folder(task, data_dir)
+    for split in _splits(with_labelled(task, folder), with_test=with_test):
+        load_split(task, split, folder)
+
+
+def _splits(task: Task, *, with_test: bool) -> list[Split]:
+    """What is read of a task; one that can't be trained on has its test set answered always."""
+    tests = task.test if with_test or not task.train else ()
+    return [split for split in (task.train, *task.dev, *tests) if split]
 
 
 def load_split(task: Task, split: Split, folder: Path | None) -> Examples:

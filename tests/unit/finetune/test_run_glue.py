@@ -455,6 +455,39 @@ def test_glue_looks_for_every_file_before_it_trains(
     assert not Path("runs/finetune").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("STS-B/dev.tsv", "sentence1\tsentence2\tscore\na\tb\thigh\n", "wanted a number in 'sc"),
+        ("MNLI/dev_mismatched.tsv", "sentence1\tsentence2\tgold_label\na\tb\n", "wanted 3 col"),
+        ("AX/ax.tsv", "index\tsentence1\n", "no column 'sentence2'"),
+    ],
+)
+def test_glue_reads_every_row_before_it_trains(
+    pretrained: Path, root: Path, monkeypatch, file: str, text: str, message: str
+) -> None:
+    write(root / file, text)
+    with pytest.raises(DataError, match=message):
+        run(monkeypatch, "--task_name", "glue", "--max_steps", "1", "--from_mnli")
+    assert not Path("runs/finetune").exists()
+
+
+def test_glue_looks_at_every_folder_before_it_trains(
+    pretrained: Path, root: Path, monkeypatch
+) -> None:
+    once = ("--max_steps", "1", "--output_dir")
+    let_go_on = ended_after(monkeypatch, 1)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--task_name", "mnli", *once, "out/MNLI")
+    let_go_on()
+    with pytest.raises(ConfigError, match=r"out/MNLI/state is of a run .*seed was 42, is 7"):
+        run(monkeypatch, "--task_name", "glue", "--seed", "7", *once, "out")
+    write(Path("out/AX/config.json"), "{}")
+    with pytest.raises(ConfigError, match="out/AX holds a model that fine-tuning did not write"):
+        run(monkeypatch, "--task_name", "glue", *once, "out")
+    assert [path.name for path in Path("out").iterdir() if path.name != "AX"] == ["MNLI"]
+
+
 def test_a_classifier_of_other_labels_is_new(
     pretrained: Path, root: Path, monkeypatch, capsys
 ) -> None:
