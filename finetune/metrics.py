@@ -11,6 +11,7 @@ import scipy.stats
 import sklearn.metrics
 
 from finetune.data import Labels
+from finetune.tables import one_line
 from finetune.tasks import Task
 from zerobert.manifest import write_text
 
@@ -124,6 +125,6 @@ def write_predictions(path: Path, task: Task, given: Labels) -> None:
     if task.is_regression:
         cells = [f"{value:.3f}" for value in given]
     else:
-        cells = [task.labels[value] for value in given.astype(np.int64)]
+        cells = [one_line(task.labels[value]) for value in given.astype(np.int64)]
     rows = [f"{index}\t{cell}\n" for index, cell in enumerate(cells)]
     write_text(path, "".join(["index\tprediction\n", *rows]))

@@ -129,6 +129,8 @@ def _find_columns(path: Path, header: Sequence[str], columns: Sequence[str]) -> 
         if column not in header:
             known = ", ".join(map(repr, header))
             raise DataError(f"{path} line 1: no column {column!r}; its columns are {known}")
+        if (count := header.count(column)) > 1:
+            raise DataError(f"{path} line 1: {count} columns {column!r}, wanted one; rename them")
     return [header.index(column) for column in columns]
 
 
@@ -138,7 +140,7 @@ def _json_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, tuple[
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # digits or brackets by the thousand
             raise DataError(f"{path} line {number}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise DataError(f"{path} line {number}: wanted an object {{...}}, got {line[:40]!r}")
@@ -157,6 +159,11 @@ def _json_cell(row: dict[str, Any], column: str, path: Path, line: int) -> str:
         return json.dumps(value)
     got = f"{value!r}" if column in row else f"only {', '.join(map(repr, row))}"
     raise DataError(f"{path} line {line}: wanted a string or a number in {column!r}, got {got}")
+
+
+def one_line(text: str) -> str:
+    """A text as a cell of a TAB-separated file."""
+    return " ".join(text.split())
 
 
 def is_text(value: str) -> bool:
