@@ -95,7 +95,7 @@ def majority_scores(task: Task, train_labels: Labels, labels: Labels) -> dict[st
 
 
 def summarize_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The best seed's result, with the median, best and every value beside it.
+    """The best seed's result, with the median, best, spread and every value beside it.
 
     The value and the metrics are those of the model that is kept; compare runs by the median.
     """
@@ -109,6 +109,7 @@ def summarize_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for name in best["metrics"]
         },
         "best": max(values),
+        "spread": max(values) - min(values),
         "all": [
             {name: result[name] for name in ("seed", "value", "metrics")} for result in results
         ],

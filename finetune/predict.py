@@ -29,6 +29,7 @@ import torch
 
 from finetune.classifier import Texts, answer, open_classifier
 from finetune.data import parse_columns
+from finetune.flags import name_or_path
 from finetune.tables import one_line, read_rows
 from zerobert.device import set_threads, this_device
 from zerobert.errors import ArgumentParser, ConfigError, DataError, run_script
@@ -112,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("texts", metavar="TEXT", nargs="*", help="what to ask about")
     add(
         "--model_name_or_path",
+        type=name_or_path,
         required=True,
         help="the output folder of a fine-tuning, or a hub name",
     )

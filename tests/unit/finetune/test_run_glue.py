@@ -199,6 +199,7 @@ def test_several_seeds_keep_the_best_and_tell_the_median(
     values = sorted(one["value"] for one in each)
     assert result["median"] == values[1]
     assert result["value"] == result["best"] == values[2]
+    assert result["spread"] == values[2] - values[0]
     assert result["all"] == [
         {key: one[key] for key in ("seed", "value", "metrics")} for one in each
     ]
@@ -753,6 +754,25 @@ OWN = ("--train_file", "a.csv", "--dev_file", "b.csv", "--text_columns", "t", "-
         (["--task_name", "sst2", "--deepspeed_config", "x.json"], ConfigError, "x.json: no such"),
         (["--task_name", "sst2", "--batch_size", "0"], ConfigError, "whole numbers above 0, got 0"),
         (["--task_name", "sst2", "--weight_decay", "-1"], ConfigError, "weight_decay: wanted a"),
+        (["--task_name", "sst2", "--n_gpu", "-1"], ConfigError, "--n_gpu: wanted 0 .*, got -1"),
+        (
+            ["--task_name", "sst2", "--seed", "42", "--seeds", "1,2"],
+            ConfigError,
+            "--seeds: not allowed with argument --seed",
+        ),
+        (
+            ["--task_name", "sst2", "--model_name_or_path", ""],
+            ConfigError,
+            "--model_name_or_path: wanted a model's folder or name, got nothing",
+        ),
+        (["--task_name", "sst2", "--adam_epsilon", "0"], ConfigError, "--adam_epsilon: wanted ab"),
+        (
+            ["--task_name", "sst2", "--per_device_train_batch_size", "8"],
+            ConfigError,
+            "--per_device_train_batch_size: give --batch_size",
+        ),
+        (["--task_name", "sst2", "--do_train"], ConfigError, "--do_train: leave it out"),
+        (["--task_name", "sst2", "--do_eval", "true"], ConfigError, "--do_eval: leave it out"),
         (["--task_name", "sst2", "--seeds", "1,x"], ConfigError, "--seeds: wanted different"),
         (["--task_name", "sst2", "--seeds", "1, 1"], ConfigError, "--seeds: wanted different"),
         (["--task_name", "sst2", "--max_steps", "0"], ConfigError, "--max_steps: wanted 1 or more"),
@@ -828,26 +848,23 @@ def test_results_stand_beside_published_ones() -> None:
         "steps": 575,
         "seed": 1,
     }
-    several = {**result, "median_metrics": {"accuracy": 0.7, "f1": 0.75}, "all": [{}] * 5}
-    lines = glue.format_results([result, several], title="T").splitlines()
+    runs = [{"accuracy": 0.7, "f1": 0.75}, {"accuracy": 0.8, "f1": 0.9}, {"accuracy": 0.6, "f1": 0}]
+    several = {**result, "all": [{"metrics": metrics} for metrics in runs]}
+    ax = {**result, "task": "AX", "metrics": {}, "majority_baseline": None, "steps": 0}
+    lines = glue.format_results([result, several, ax], title="T").splitlines()
+    assert re.split("  +", lines[2].strip()) == [
+        *("task", "metrics", "median", "best", "spread", "majority class", "PaddleNLP"),
+        *("seeds", "steps"),
+    ]
+    assert lines[-3].split() == [
+        *("MRPC", "accuracy/f1", "80.00/90.00", "80.00/90.00", "-", "68.38", "88.24/91.67"),
+        *("1", "575"),
+    ]
     assert lines[-2].split() == [
-        "MRPC",
-        "accuracy/f1",
-        "80.00/90.00",
-        "68.38",
-        "88.24/91.67",
-        "1",
-        "575",
+        *("MRPC", "accuracy/f1", "70.00/75.00", "80.00/90.00", "20.00/90.00", "68.38"),
+        *("88.24/91.67", "3", "575"),
     ]
-    assert lines[-1].split() == [
-        "MRPC",
-        "accuracy/f1",
-        "70.00/75.00",
-        "68.38",
-        "88.24/91.67",
-        "5",
-        "575",
-    ]
+    assert re.split("  +", lines[-1]) == ["AX", "-", "predictions only", *4 * "-", "1", "0"]
 
 
 def test_the_page_of_all_tasks_has_each_metric_s_median_best_and_spread() -> None:
