@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.data import Examples, Labels
-from zerobert import distributed
+from zerobert import distributed, signals
 from zerobert.device import copied_to
 from zerobert.packing import pack
+from zerobert.signals import StopRequest
 from zerobert.tokenizer import WordPieceTokenizer
 
 SEQ_LENGTH = 128  # where nobody says another
@@ -25,6 +26,25 @@ _LENGTH_MULTIPLE = 8  # widths that tensor cores like
 _EVAL_BATCH_SIZE = 64
 
 Indices = npt.NDArray[np.int64]
+
+
+class Stopped(SystemExit):
+    """A signal asked to end, between two batches of work that leaves nothing to be saved."""
+
+
+def stop_code(stop: StopRequest) -> int:
+    """The exit code that a signal to any of the ranks asks for, 0 for none; collective."""
+    return signals.agreed_code(distributed.all_reduce_sum(signals.flags(stop)))
+
+
+def end_if_asked(stop: StopRequest | None) -> None:
+    """End where a signal asked for it; collective.
+
+    Raises:
+        Stopped: with the exit code.
+    """
+    if stop is not None and (code := stop_code(stop)):
+        raise Stopped(code)
 
 
 class Split(Protocol):
@@ -144,7 +164,10 @@ def plain_forward(model: nn.Module, precision: str, device: torch.device) -> Cal
 
 @torch.no_grad()
 def predict(
-    forward: Callable[..., Tensor], examples: Split, device: torch.device
+    forward: Callable[..., Tensor],
+    examples: Split,
+    device: torch.device,
+    stop: StopRequest | None = None,
 ) -> npt.NDArray[np.float32]:
     """What a model answers to every example, N..., in the split's own order; collective.
 
@@ -153,12 +176,17 @@ def predict(
 
     Args:
         forward: a model in evaluation.
+        stop: asked before each batch.
+
+    Raises:
+        Stopped: a signal asked to end.
     """
     order = np.argsort(examples.lengths(), kind="stable")
     batches = _cut(order, _EVAL_BATCH_SIZE)
     rank, ranks = distributed.rank(), distributed.world_size()
     mine: list[npt.NDArray[np.float32]] = []
     for first in range(0, len(batches), ranks):
+        end_if_asked(stop)
         # At the end a rank may repeat the last batch: under ZeRO-3 all take part in each.
         number = min(first + rank, len(batches) - 1)
         outputs = forward(**examples.inputs(batches[number], device))

@@ -110,6 +110,11 @@ def deepspeed_config(
     defaults = {"lr": learning_rate, "weight_decay": _WEIGHT_DECAY, "eps": _EPSILON}
     asked["params"] = {**defaults, **asked.get("params", {})}
     optimizer = optimizer_config(asked, f"{where}: optimizer")
+    if optimizer.params.eps == 0:
+        raise ConfigError(
+            "--adam_epsilon: wanted above 0, got 0: a weight without a gradient, as of words that "
+            "no text has, would become NaN; leave it out for 1e-6"
+        )
     ds["gradient_clipping"] = clipping(ds, optimizer.params.max_grad_norm)
     ds["optimizer"] = {"type": optimizer.type, "params": asked["params"]}
     engine.check_served(ds)

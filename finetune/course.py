@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from finetune import loop, output
-from finetune.batches import Split, plain_forward
+from finetune.batches import Split, Stopped, plain_forward
 from zerobert import distributed, manifest, training_state
 from zerobert.device import this_device
 from zerobert.ds_config import check_same_run, flatten
 from zerobert.engine import Engine, computes_in
-from zerobert.errors import CheckpointError
+from zerobert.errors import CheckpointError, exit_code
 from zerobert.signals import StopRequest
 from zerobert.training_state import StateReader
 
@@ -178,12 +178,16 @@ def train(
         output.discard_state(out)
     for review in _reviews(course, settings, engine, progress, stop):
         progress.step = review.step
-        progress.owes_review = review.is_due and review.exit_code != 0
         evaluation = None
         if not review.exit_code:
             engine.train(False)
-            evaluation = course.evaluate(engine.forward, review.step)
-            _judge(course, settings, progress, evaluation)
+            try:
+                evaluation = course.evaluate(engine.forward, review.step)
+            except Stopped as stopped:  # the step itself is done
+                review = dataclasses.replace(review, exit_code=exit_code(stopped))
+            else:
+                _judge(course, settings, progress, evaluation)
+        progress.owes_review = review.is_due and review.exit_code != 0
         progress.elapsed_s = progress.earlier_s + time.perf_counter() - started
         _save(course, settings, engine, progress, review, evaluation, folder)
         if review.exit_code:
@@ -279,13 +283,16 @@ def _find_state(course: Course, folder: Path) -> dict[str, Any] | None:
     """
     if not manifest.is_complete(folder):
         return None
-    check_state(course, folder)
+    check_state(course.source, course.inputs, folder)
     progress: dict[str, Any] = manifest.verify_folder(folder).config["progress"]
     return progress
 
 
-def check_state(course: Course, folder: Path) -> None:
+def check_state(source: Mapping[str, Any], inputs: Mapping[str, str], folder: Path) -> None:
     """Hold the state of a training that did not come to its end, if there is one, against this one.
+
+    Args:
+        source, inputs: see `Course`.
 
     Raises:
         ConfigError: it was of other settings or inputs.
@@ -293,7 +300,7 @@ def check_state(course: Course, folder: Path) -> None:
     if manifest.is_complete(folder):
         record = manifest.read_manifest(folder)
         before = {**flatten(record.config["run"]), **record.inputs}
-        check_same_run(before, {**flatten(course.source), **course.inputs}, str(folder))
+        check_same_run(before, {**flatten(source), **inputs}, str(folder))
 
 
 def _kept_weights(settings: loop.Settings, folder: Path) -> dict[str, torch.Tensor]:

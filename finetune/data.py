@@ -1,15 +1,14 @@
 """A task's examples: from its official files, from a user's own, or from the Hugging Face hub."""
 
 import dataclasses
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from finetune.tables import read_rows
+from finetune.tables import read_header, read_rows
 from finetune.tasks import File, Split, Task, plain
 from zerobert.errors import ConfigError, DataError, MissingDependencyError, print_aside
 from zerobert.manifest import sha256_file
@@ -17,7 +16,8 @@ from zerobert.manifest import sha256_file
 HUB_DATASET = "nyu-mll/glue"
 _MRPC_DEV_IDS = "dev_ids.tsv"
 _MRPC_ID_COLUMNS = ("#1 ID", "#2 ID")
-_MAX_SHOWN_LABELS = 20
+_MAX_SHOWN_LABELS, _MAX_SHOWN = 20, 60  # labels, characters
+_MAX_SCORE = float(np.finfo(np.float32).max)
 
 Labels = npt.NDArray[np.int64] | npt.NDArray[np.float32]
 
@@ -66,10 +66,17 @@ def choose_folder(task: Task, data_dir: Path | None) -> Path | None:
 
 
 def glue_roots(data_dir: Path | None) -> list[Path]:
-    """Where GLUE's folders are looked for: as told, else in `$GLUE_DIR` and `data/glue`."""
+    """Where GLUE's folders are looked for: as told, else in `$GLUE_DIR`, else in `data/glue`.
+
+    Raises:
+        DataError: the environment names a folder that is not there.
+    """
     if data_dir is not None:
         return [data_dir]
-    return [Path(root) for root in (os.environ.get("GLUE_DIR"), "data/glue") if root]
+    named = os.environ.get("GLUE_DIR")
+    if named and not Path(named).is_dir():
+        raise DataError(f"GLUE_DIR {named}: no such folder; name GLUE's folder, or unset it")
+    return [Path(named or "data/glue")]
 
 
 def find_in_root(task: Task, root: Path) -> Path | None:
@@ -96,12 +103,26 @@ def check_files(task: Task, data_dir: Path | None, *, with_test: bool) -> None:
         DataError: names the one that is missing.
     """
     folder = choose_folder(task, data_dir)
-    needs_test = with_test or not task.train
-    splits = (task.train, *task.dev, *(task.test if needs_test else ()))
-    if folder is not None:
-        for split in splits:
-            if split:
-                _find_file(task, split, folder)
+    for split in _splits(task, with_test=with_test):
+        if folder is not None:
+            _find_file(task, split, folder)
+
+
+def read_all(task: Task, data_dir: Path | None, *, with_test: bool) -> None:
+    """Read every row and label once.
+
+    Raises:
+        DataError, MissingDependencyError: see `load_split`.
+    """
+    folder = choose_folder(task, data_dir)
+    for split in _splits(with_labelled(task, folder), with_test=with_test):
+        load_split(task, split, folder)
+
+
+def _splits(task: Task, *, with_test: bool) -> list[Split]:
+    """What is read of a task; one that can't be trained on has its test set answered always."""
+    tests = task.test if with_test or not task.train else ()
+    return [split for split in (task.train, *task.dev, *tests) if split]
 
 
 def load_split(task: Task, split: Split, folder: Path | None) -> Examples:
@@ -140,9 +161,9 @@ def _from_folder(task: Task, split: Split, folder: Path) -> Examples:
     path = folder / file.name
     has_labels = not split.submission
     keep = _listed_ids(folder) if file.rows != "all" else None
+    named = _columns(task, file)
     columns = (
-        *task.text_columns,
-        *([task.label_column] if has_labels else []),
+        *(named if has_labels else named[:-1]),
         *(_MRPC_ID_COLUMNS if keep is not None else []),
     )
     num_texts = len(task.text_columns)
@@ -165,6 +186,26 @@ def _from_folder(task: Task, split: Split, folder: Path) -> Examples:
     )
 
 
+def _columns(task: Task, file: File) -> tuple[str, ...]:
+    """The columns of the texts and of the label, as a file names them."""
+    return file.columns or (*task.text_columns, task.label_column)
+
+
+def with_labelled(task: Task, folder: Path | None) -> Task:
+    """The task with a dev set more, where a file that mostly has no labels has some.
+
+    Raises:
+        DataError: such a file can't be read.
+    """
+    split = task.sometimes_labelled
+    for file in split.files if split and folder is not None else ():
+        path = Path(folder or "", file.name)
+        if path.is_file() and set(_columns(task, file)) <= set(read_header(path)):
+            assert split is not None
+            return dataclasses.replace(task, dev=(dataclasses.replace(split, files=(file,)),))
+    return task
+
+
 def _listed_ids(folder: Path) -> set[tuple[str, ...]]:
     path = folder / _MRPC_DEV_IDS
     if not path.is_file():
@@ -179,13 +220,14 @@ def _parse_label(task: Task, text: str, path: Path, line: int) -> float:
         score = _number(text)
         if score is None:
             raise DataError(
-                f"{path} line {line}: wanted a number in {task.label_column!r}, got {text!r}"
+                f"{path} line {line}: wanted a number in {task.label_column!r} that float32 holds, "
+                f"got {text[:_MAX_SHOWN]!r}"
             )
         return score
     if text not in task.labels:
         raise DataError(
-            f"{path} line {line}: unknown label {text!r} in {task.label_column!r}; "
-            f"{task.name} knows {', '.join(task.labels)}"
+            f"{path} line {line}: unknown label {text[:_MAX_SHOWN]!r} in {task.label_column!r}; "
+            f"{task.name} knows {_shown(task.labels)}"
         )
     return task.labels.index(text)
 
@@ -195,7 +237,13 @@ def _number(text: str) -> float | None:
         value = float(text)
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) <= _MAX_SCORE else None  # no NaN, either
+
+
+def _shown(labels: Sequence[str]) -> str:
+    """Labels for a message: quoted, as blanks in them matter, and not thousands of them."""
+    quoted = [repr(label[:_MAX_SHOWN]) for label in labels[:_MAX_SHOWN_LABELS]]
+    return ", ".join([*quoted, "..."] if len(labels) > _MAX_SHOWN_LABELS else quoted)
 
 
 def _label_array(task: Task, labels: Sequence[float]) -> Labels:
@@ -208,22 +256,24 @@ def find_labels(path: Path, label_column: str) -> tuple[str, ...]:
     """The distinct labels of a user's own file, sorted; numbers by value.
 
     Raises:
-        DataError: the file can't be read, a row has no label, or all have the same.
+        DataError: the file can't be read, a row has no label, all have the same, or one is spelled
+            in two ways.
     """
     lines: dict[str, int] = {}
     for line, cells in read_rows(path, [label_column]):
         lines.setdefault(cells[0], line)
     labels = sorted(lines)
     for label in labels:
-        if not label.strip():
+        if not label.strip() or label.strip().lower() == "nan":
             raise DataError(
-                f"{path} line {lines[label]}: no label in {label_column!r}; label the row or "
-                "remove it"
+                f"{path} line {lines[label]}: no label in {label_column!r}, got {label!r}; label "
+                "the row or remove it"
             )
+    _check_spelling(lines, f"{path}: {label_column!r}")
     if len(labels) < 2:
         raise DataError(
             f"{path}: wanted two or more labels in {label_column!r}, "
-            f"got {', '.join(map(repr, labels)) or 'no rows'}"
+            f"got {_shown(labels) or 'no rows'}"
         )
     values = {label: _number(label) for label in labels}
     if None not in values.values():
@@ -233,9 +283,28 @@ def find_labels(path: Path, label_column: str) -> tuple[str, ...]:
                 f"warning: {path}: {label_column!r} has numbers such as {part}, each a class of "
                 "its own here; if they are scores, give --regression"
             )
-    shown = labels if len(labels) <= _MAX_SHOWN_LABELS else [*labels[:_MAX_SHOWN_LABELS], "..."]
-    print(f"{path}: {len(labels)} classes: {', '.join(shown)}")
+    print(f"{path}: {len(labels)} classes: {_shown(labels)}")
     return tuple(labels)
+
+
+def _check_spelling(lines: Mapping[str, int], where: str) -> None:
+    """Refuse one label in two spellings, which would be two classes.
+
+    Args:
+        lines: of each label, the first that has it.
+
+    Raises:
+        DataError: they differ in blanks around them, or as `1` and `1.0` do.
+    """
+    seen: dict[str | float, str] = {}
+    for label, line in lines.items():
+        number = _number(label)
+        other = seen.setdefault(label.strip() if number is None else number, label)
+        if other != label:
+            raise DataError(
+                f"{where}: {other!r} in line {lines[other]} and {label!r} in line {line} are one "
+                "label in two spellings; spell them alike"
+            )
 
 
 def _from_hub(task: Task, split: Split) -> Examples:

@@ -2,12 +2,15 @@
 
 import argparse
 import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
 from finetune import config, data, glue, job, submission
+from finetune.batches import end_if_asked
 from finetune.data import find_labels, parse_columns
-from finetune.output import check_output, claimed
+from finetune.loop import Settings
+from finetune.output import check_output, claimed, discard_spent_state, told
 from finetune.report import REPORT_NAME
 from finetune.tasks import Task, custom_task, find_task, plain
 from zerobert import distributed
@@ -15,7 +18,7 @@ from zerobert.checkpoint import newest_model
 from zerobert.device import slow_precision, this_device
 from zerobert.engine import computes_in
 from zerobert.errors import ConfigError
-from zerobert.manifest import is_complete
+from zerobert.manifest import is_complete, writing
 from zerobert.signals import StopRequest
 
 RUNS = Path("runs")
@@ -80,12 +83,62 @@ def run_all(args: argparse.Namespace, stop: StopRequest) -> None:
             raise ConfigError("--from_mnli: there is no data of MNLI to fine-tune on first")
     if args.from_mnli:
         tasks = sorted(tasks, key=lambda task: task.name != "MNLI")
+    _survey(args, tasks, model, out, stop)
+    with contextlib.ExitStack() as held:
+        with distributed.one_voice():
+            if distributed.is_main():
+                with writing(out):
+                    out.mkdir(parents=True, exist_ok=True)
+            held.enter_context(told(out))
+        _run_each(args, tasks, model, out, stop, reuses=reuses)
+
+
+def _survey(
+    args: argparse.Namespace, tasks: list[Task], model: str, out: Path, stop: StopRequest
+) -> None:
+    """Look at all that can stop a task, before those that come before it are trained; collective.
+
+    Raises:
+        ZerobertError: what the user can mend.
+    """
+    print(f"looking at the data of {', '.join(task.name for task in tasks)} first", flush=True)
+    for task in tasks:
+        begin, folder = _begin(args, task, tasks, model, out), out / task.name
+        with distributed.one_voice():
+            seeds, settings = _choose(args, task, begin, folder)
+        with open(os.devnull, "w") as nowhere:  # it is said when the task has its turn
+            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+                if begin == model:
+                    prepared = _prepare(args, task, model, stop)
+                else:  # that model is not there yet
+                    with distributed.one_voice():
+                        data.read_all(task, args.data_dir, with_test=args.do_predict)
+        if begin == model and args.resume == "auto":
+            with distributed.one_voice():
+                job.check_states(prepared, settings, seeds, folder)
+
+
+def _begin(args: argparse.Namespace, task: Task, tasks: list[Task], model: str, out: Path) -> str:
+    """The model that a task of several starts from: another task's, or the one that all do."""
+    source = task.trained_on or (task.gains_from if args.from_mnli else "")
+    return str(out / source) if any(other.name == source for other in tasks) else model
+
+
+def _run_each(
+    args: argparse.Namespace,
+    tasks: list[Task],
+    model: str,
+    out: Path,
+    stop: StopRequest,
+    *,
+    reuses: bool,
+) -> None:
+    """Fine-tune on one task after the other, and tell their results."""
     title = f"GLUE dev sets, {model}"
     results: list[dict[str, Any]] = []
     for task in tasks:
-        source = task.trained_on or (task.gains_from if args.from_mnli else "")
-        has_source = any(result["task"] == source for result in results)
-        begin = str(out / source) if has_source else model
+        end_if_asked(stop)
+        begin = _begin(args, task, tasks, model, out)
         results.append(run_task(args, task, begin, out / task.name, stop, reuses=reuses))
         with distributed.one_voice():
             if distributed.is_main():
@@ -127,34 +180,50 @@ def run_task(
     """
     with contextlib.ExitStack() as held:
         with distributed.one_voice():
-            seeds = parse_seeds(args)
-            settings = config.choose_settings(
-                args,
-                seeds[0],
-                batch_size=task.batch_size,
-                learning_rate=task.learning_rate,
-                num_epochs=task.num_epochs,
-            )
-            own_folders = [out / f"seed_{seed}" for seed in seeds] if len(seeds) > 1 else []
-            for folder in (out, *own_folders):
-                check_output(folder, Path(model))
+            seeds, settings = _choose(args, task, model, out)
             if slow := slow_precision(this_device(), computes_in(settings.deepspeed)):
                 print(f"warning: {slow}")
-            prepared = job.prepare(
-                task,
-                model=model,
-                random_init=args.random_init,
-                data_dir=args.data_dir,
-                max_seq_length=args.max_seq_length,
-                do_predict=args.do_predict,
-            )
+        prepared = _prepare(args, task, model, stop)
+        with distributed.one_voice():
             held.enter_context(claimed(out))
+            held.enter_context(told(out))
             done = job.finished(prepared, settings, seeds, out) if reuses else None
         if done is not None:
             print(f"{task.name}: finished in {out}")
+            if distributed.is_main():
+                discard_spent_state(out)
             job.answer_tests(prepared, settings, out)
             return done
         return job.run_seeds(prepared, settings, seeds, out, stop, resumes=args.resume == "auto")
+
+
+def _choose(
+    args: argparse.Namespace, task: Task, model: str, out: Path
+) -> tuple[list[int], Settings]:
+    """The seeds and the settings, where the output folder may be written to."""
+    seeds = parse_seeds(args)
+    own_folders = [out / f"seed_{seed}" for seed in seeds] if len(seeds) > 1 else []
+    for folder in (out, *own_folders):
+        check_output(folder, Path(model))
+    return seeds, config.choose_settings(
+        args,
+        seeds[0],
+        batch_size=task.batch_size,
+        learning_rate=task.learning_rate,
+        num_epochs=task.num_epochs,
+    )
+
+
+def _prepare(args: argparse.Namespace, task: Task, model: str, stop: StopRequest) -> job.Job:
+    return job.prepare(
+        task,
+        model=model,
+        random_init=args.random_init,
+        data_dir=args.data_dir,
+        max_seq_length=args.max_seq_length,
+        do_predict=args.do_predict,
+        stop=stop,
+    )
 
 
 def default_model(task: Task, *, from_mnli: bool) -> str:

@@ -1,23 +1,53 @@
 """The flags that all fine-tuning has; PaddleNLP's keep their names and meaning."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NoReturn
 
-from zerobert.errors import truth
+from zerobert.errors import ConfigError, truth
+
+
+class _Elsewhere(argparse.Action):
+    """A flag of other programs for the same; `const` says what to write here."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ConfigError(f"{self.option_strings[0]}: {self.const}")
+
+
+def name_or_path(text: str) -> str:
+    """A model, which nobody means by an empty word: a variable of the shell is not set.
+
+    Raises:
+        argparse.ArgumentTypeError: the word is empty.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError("wanted a model's folder or name, got nothing")
+    return text
+
+
+def refuse_flags(parser: argparse.ArgumentParser, hints: Mapping[str, str]) -> None:
+    """Answer flags that users bring from elsewhere with what to write here."""
+    for flag, hint in hints.items():
+        parser.add_argument(flag, action=_Elsewhere, nargs="?", const=hint, help=argparse.SUPPRESS)
 
 
 def add_training_flags(
     parser: argparse.ArgumentParser, *, batch_size: str, learning_rate: str, num_epochs: str
-) -> None:
+) -> Any:
     """Add them.
 
     Args:
         batch_size, learning_rate, num_epochs: their defaults, in words.
+
+    Returns:
+        The group of `--seed`, for another flag that can't stand beside it.
     """
     add = parser.add_argument
     add("--model_type", choices=["bert"], default="bert")
     add(
         "--model_name_or_path",
+        type=name_or_path,
         help="a model folder or a hub name (default: the newest under runs/)",
     )
     add(
@@ -46,7 +76,9 @@ def add_training_flags(
         type=int,
         help="evaluate and save into step_N/ (default: evaluate after each epoch, save at the end)",
     )
-    add("--seed", type=int, default=42, help="default: 42")
+    seeds = parser.add_mutually_exclusive_group()
+    # A string: else argparse can't tell a 42 that was given from its own.
+    seeds.add_argument("--seed", type=int, default="42", help="default: 42")
     add(
         "--early_stopping_patience",
         type=int,
@@ -72,8 +104,21 @@ def add_training_flags(
     add("--scale_loss", type=float, metavar="X", help="first loss scale of fp16, a power of 2")
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher
     add("--output_dir", type=Path, help="default: runs/finetune/TASK")
+    hints = {
+        "--per_device_train_batch_size": "give --batch_size, which is of each process",
+        "--per_device_eval_batch_size": "leave it out: it changes no score",
+        "--do_eval": "leave it out: the dev set is always scored",
+    }
+    refuse_flags(parser, hints)
+    return seeds
 
 
 def ranks_asked_for(args: argparse.Namespace) -> int | None:
-    """What the launcher is to start; 0 is one process on the CPU, None whatever there is."""
+    """What the launcher is to start; 0 is one process on the CPU, None whatever there is.
+
+    Raises:
+        ConfigError: less than none.
+    """
+    if args.n_gpu is not None and args.n_gpu < 0:
+        raise ConfigError(f"--n_gpu: wanted 0 (the CPU) or more, got {args.n_gpu}")
     return 0 if args.device == "cpu" else args.n_gpu

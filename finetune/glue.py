@@ -40,23 +40,46 @@ def available_tasks(data_dir: Path | None) -> list[Task]:
 
 
 def format_results(results: Sequence[Mapping[str, Any]], *, title: str) -> str:
-    """One line a task: its metrics (the median over seeds), the majority class, PaddleNLP."""
+    """One line a task: its metrics over the seeds, the majority class, PaddleNLP."""
     rows = [_row(result) for result in results]
-    header = ("task", "metrics", "ours", "majority class", "PaddleNLP", "seeds", "steps")
+    header = (
+        *("task", "metrics", "median", "best", "spread", "majority class", "PaddleNLP"),
+        *("seeds", "steps"),
+    )
     return format_table(Table(title=title, header=header, rows=rows))
 
 
 def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
     published = _PUBLISHED.get(result["task"], {})
-    scores = result.get("median_metrics", result["metrics"])
+    names = list(result["metrics"])
+    each = [_over_seeds(result, name) for name in names]
+    median, best, spread = ("/".join(cells) for cells in zip(*each, strict=True)) if each else "---"
     return (
         result["task"],
-        "/".join(scores) or "-",
-        "/".join(f"{100 * value:.2f}" for value in scores.values()) or "predictions only",
+        "/".join(names) or "-",
+        median if each else "predictions only",
+        best,
+        spread if len(_runs(result)) > 1 else "-",
         _percent(result["majority_baseline"]),
-        "/".join(f"{published[name]:.2f}" for name in scores if name in published) or "-",
-        str(len(result.get("all", [result]))),
+        "/".join(f"{published[name]:.2f}" for name in names if name in published) or "-",
+        str(len(_runs(result))),
         str(result["steps"]),
+    )
+
+
+def _runs(result: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """What is known of each seed."""
+    runs: Sequence[Mapping[str, Any]] = result.get("all", [result])
+    return runs
+
+
+def _over_seeds(result: Mapping[str, Any], name: str) -> tuple[str, str, str]:
+    """A metric's median, best and spread, as they are shown."""
+    values = [run["metrics"][name] for run in _runs(result) if name in run["metrics"]]
+    return (
+        _percent(statistics.median(values) if values else None),
+        _percent(max(values, default=None)),
+        _percent(max(values) - min(values) if len(values) > 1 else None),
     )
 
 
@@ -146,17 +169,13 @@ def results_table(results: Sequence[Mapping[str, Any]], links: Mapping[str, str]
 
 
 def _metric_row(result: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    runs = result.get("all", [result])
-    values = [run["metrics"][name] for run in runs if name in run["metrics"]]
     published = _PUBLISHED.get(result["task"], {}).get(name)
     return (
         result["task"],
         name,
-        _percent(statistics.median(values) if values else None),
-        _percent(max(values, default=None)),
-        _percent(max(values) - min(values) if len(values) > 1 else None),
+        *_over_seeds(result, name),
         _percent(result["majority_baseline"] if name == result["metric"] else None),
         "-" if published is None else f"{published:.2f}",
-        str(len(runs)),
+        str(len(_runs(result))),
         f"{result['steps']:,}",
     )

@@ -35,6 +35,7 @@ class Job:
     Attributes:
         versions: source -> sha256 of all that the model comes from.
         test_versions: of the test sets that are to be answered.
+        stop: asked between the batches of evaluations.
     """
 
     task: Task
@@ -48,6 +49,7 @@ class Job:
     versions: dict[str, str]
     test_versions: dict[str, str]
     max_seq_length: int
+    stop: StopRequest | None
 
 
 def prepare(
@@ -58,41 +60,40 @@ def prepare(
     data_dir: Path | None,
     max_seq_length: int | None,
     do_predict: bool,
+    stop: StopRequest | None = None,
 ) -> Job:
-    """Open the model and read the data; every fault of the input shows here, before any training.
+    """Open the model and read the data; every fault of the input shows here, before any training;
+    collective.
 
     Args:
         max_seq_length: None for 128, or less where the model was made for less.
+        stop: asked between the splits, too.
 
     Raises:
         ZerobertError: the model or the data can't be used.
+        SystemExit: a signal asked to end.
     """
-    folder = checkpoint.open_model(model)
-    tokenizer = checkpoint.load_tokenizer(folder)
-    limit = folder.config.max_position_embeddings
-    length = min(batches.SEQ_LENGTH, limit) if max_seq_length is None else max_seq_length
-    if length > limit:
-        raise ConfigError(f"--max_seq_length {length}: {folder.path} was made for at most {limit}")
-    if task.trained_on and folder.labels != task.label_names:
-        raise ConfigError(
-            f"{task.name} has no training set: a model fine-tuned on {task.trained_on} answers it, "
-            f"and {folder.path} is none; fine-tune on {task.trained_on} and give its output folder"
-        )
-    where = data.choose_folder(task, data_dir) if task.folders else Path()
-    versions = {"model": checkpoint.version(folder.path), "vocabulary": tokenizer.sha256}
+    with distributed.one_voice():
+        folder = checkpoint.open_model(model)
+        tokenizer = checkpoint.load_tokenizer(folder)
+        length = _choose_length(folder, max_seq_length)
+        _check_labels(task, folder)
+        where = data.choose_folder(task, data_dir) if task.folders else Path()
+        task = data.with_labelled(task, where)
+        versions = {"model": checkpoint.version(folder.path), "vocabulary": tokenizer.sha256}
     test_versions: dict[str, str] = {}
 
-    def read(split: Split, noted: dict[str, str]) -> Examples:
-        examples = data.load_split(task, split, where)
-        noted[examples.source] = examples.version
-        print(f"{task.name}: {len(examples)} examples from {examples.source}")
-        return examples
+    def read(split: Split, noted: dict[str, str]) -> tuple[Examples, batches.Encoded]:
+        with distributed.one_voice():
+            examples = data.load_split(task, split, where)
+            noted[examples.source] = examples.version
+            print(f"{task.name}: {len(examples)} examples from {examples.source}")
+            encoded = batches.encode(examples, tokenizer, max_seq_length=length)
+        batches.end_if_asked(stop)
+        return examples, encoded
 
-    def encode(examples: Examples) -> batches.Encoded:
-        return batches.encode(examples, tokenizer, max_seq_length=length)
-
-    train = encode(read(task.train, versions)) if task.train else None
-    dev_examples = tuple(read(split, versions) for split in task.dev)
+    train = read(task.train, versions)[1] if task.train else None
+    dev = [read(split, versions) for split in task.dev]
     needs_test = do_predict or not task.train
     return Job(
         task=task,
@@ -100,13 +101,30 @@ def prepare(
         tokenizer=tokenizer,
         random_init=random_init and task.train is not None,
         train=train,
-        dev=tuple(encode(examples) for examples in dev_examples),
-        test=tuple(encode(read(split, test_versions)) for split in task.test if needs_test),
-        dev_examples=dev_examples,
+        dev=tuple(encoded for _, encoded in dev),
+        test=tuple(read(split, test_versions)[1] for split in task.test if needs_test),
+        dev_examples=tuple(examples for examples, _ in dev),
         max_seq_length=length,
         versions=versions,
         test_versions=test_versions,
+        stop=stop,
     )
+
+
+def _choose_length(folder: ModelFolder, asked: int | None) -> int:
+    limit = folder.config.max_position_embeddings
+    length = min(batches.SEQ_LENGTH, limit) if asked is None else asked
+    if length > limit:
+        raise ConfigError(f"--max_seq_length {length}: {folder.path} was made for at most {limit}")
+    return length
+
+
+def _check_labels(task: Task, folder: ModelFolder) -> None:
+    if task.trained_on and folder.labels != task.label_names:
+        raise ConfigError(
+            f"{task.name} has no training set: a model fine-tuned on {task.trained_on} answers it, "
+            f"and {folder.path} is none; fine-tune on {task.trained_on} and give its output folder"
+        )
 
 
 def run_seeds(
@@ -130,20 +148,24 @@ def run_seeds(
         DataError: something can't be written.
         SystemExit: a signal asked to end.
     """
+    if resumes:  # before one of them is trained anew
+        with distributed.one_voice():
+            check_states(job, settings, seeds, out)
     if len(seeds) == 1 or not job.train:
         return run(job, _with_seed(settings, seeds[0]), out, stop, resumes=resumes)
     reuses = resumes and not manifest.is_complete(out)  # else all seeds came to their end
-    if resumes:  # before one of them is trained anew
-        with distributed.one_voice():
-            for seed in seeds:
-                state = out / f"seed_{seed}" / output.STATE_NAME
-                course.check_state(_course(job, _with_seed(settings, seed)), state)
     results = []
     for seed in seeds:
+        batches.end_if_asked(stop)
         folder, own = out / f"seed_{seed}", _with_seed(settings, seed)
+        with distributed.one_voice():
+            if distributed.is_main():
+                output.finish_replacement(folder)
         done = finished(job, own, [seed], folder) if reuses else None
         if done is not None:
             print(f"{job.task.name}: seed {seed} is finished in {folder}")
+            if distributed.is_main():
+                output.discard_spent_state(folder)
             answer_tests(job, own, folder)
         results.append(done or run(job, own, folder, stop, resumes=resumes))
     result = metrics.summarize_seeds(results)
@@ -151,6 +173,22 @@ def run_seeds(
         if distributed.is_main():
             _keep_seed(out, result, seeds)
     return result
+
+
+def check_states(job: Job, settings: loop.Settings, seeds: Sequence[int], out: Path) -> None:
+    """Refuse a folder with the state of another training, which would be written over.
+
+    Raises:
+        ConfigError: names what differs.
+    """
+    own = jsonable(_source(job, settings))
+    if job.train and len(seeds) > 1:
+        own["settings"]["seed"] = list(seeds)  # none of them is trained in `out` itself
+        for seed in seeds:
+            state = out / f"seed_{seed}" / output.STATE_NAME
+            source = jsonable(_source(job, _with_seed(settings, seed)))
+            course.check_state(source, job.versions, state)
+    course.check_state(own, job.versions, out / output.STATE_NAME)
 
 
 def _with_seed(settings: loop.Settings, seed: int) -> loop.Settings:
@@ -277,6 +315,8 @@ def _load_start(job: Job, model: nn.Module) -> None:
     new = checkpoint.load_weights(model, folder, with_task_head=answers_alike)
     if "classifier.weight" not in new:
         print(f"{task.name}: the classifier of {folder.path} is trained on")
+    if any(name.startswith("bert.pooler.") for name in new):
+        print(f"{task.name}: the pooler is new: {folder.path} has none")
 
 
 def _course(job: Job, settings: loop.Settings) -> course.Course:
@@ -314,7 +354,7 @@ def evaluate(job: Job, forward: Callable[..., torch.Tensor], step: int) -> Evalu
     logits: list[npt.NDArray[np.float32]] = []
     for split, encoded in zip(job.task.dev, job.dev, strict=True):
         labels = _labels(encoded)
-        logits_NC = batches.predict(forward, encoded, this_device())
+        logits_NC = batches.predict(forward, encoded, this_device(), job.stop)
         logits.append(logits_NC)
         losses.append(batches.mean_loss(logits_NC, labels))
         loop.check_finite(losses[-1], step)
@@ -341,7 +381,7 @@ def _majority(job: Job) -> float | None:
 
 
 def _predict(job: Job, forward: Callable[..., torch.Tensor]) -> list[npt.NDArray[np.float32]]:
-    return [batches.predict(forward, split, this_device()) for split in job.test]
+    return [batches.predict(forward, split, this_device(), job.stop) for split in job.test]
 
 
 def _write_predictions(

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from finetune.batches import Indices, Split, epoch_batches
-from zerobert import distributed, schedule, signals
+from finetune.batches import Indices, Split, epoch_batches, stop_code
+from zerobert import distributed, schedule
 from zerobert.engine import Engine
 from zerobert.errors import ConfigError, TrainingDivergedError
 from zerobert.kernels import Kernels
@@ -147,7 +147,7 @@ def train(
             settings.schedule, step - 1 - engine.skipped_steps, total=total_steps
         )
         recent.append(train_step(engine, examples, indices, rate, settings.seed, step))
-        exit_code = signals.agreed_code(distributed.all_reduce_sum(signals.flags(stop)))
+        exit_code = stop_code(stop)
         is_last = step == total_steps or exit_code != 0
         if step % settings.logging_steps == 0 or is_last:
             here = torch.stack(recent).mean().item()  # waits for the GPU: only on log steps

@@ -11,6 +11,7 @@ import scipy.stats
 import sklearn.metrics
 
 from finetune.data import Labels
+from finetune.tables import one_line
 from finetune.tasks import Task
 from zerobert.manifest import write_text
 
@@ -94,7 +95,7 @@ def majority_scores(task: Task, train_labels: Labels, labels: Labels) -> dict[st
 
 
 def summarize_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The best seed's result, with the median, best and every value beside it.
+    """The best seed's result, with the median, best, spread and every value beside it.
 
     The value and the metrics are those of the model that is kept; compare runs by the median.
     """
@@ -108,6 +109,7 @@ def summarize_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for name in best["metrics"]
         },
         "best": max(values),
+        "spread": max(values) - min(values),
         "all": [
             {name: result[name] for name in ("seed", "value", "metrics")} for result in results
         ],
@@ -124,6 +126,6 @@ def write_predictions(path: Path, task: Task, given: Labels) -> None:
     if task.is_regression:
         cells = [f"{value:.3f}" for value in given]
     else:
-        cells = [task.labels[value] for value in given.astype(np.int64)]
+        cells = [one_line(task.labels[value]) for value in given.astype(np.int64)]
     rows = [f"{index}\t{cell}\n" for index, cell in enumerate(cells)]
     write_text(path, "".join(["index\tprediction\n", *rows]))

@@ -3,7 +3,8 @@
 `OUT/` is itself the model folder and holds other things too: `result.json`, predictions,
 `step_<n>/`, and until the training ends `state/`, from which a run that was ended goes on. All
 files of a finished model are gathered in a hidden folder inside it and then moved up, the manifest
-last: without a manifest `OUT/` is no model.
+last: without a manifest `OUT/` is no model. The next run ends the moves of one that was killed.
+`status.json` tells whether a run lives, or how it ended.
 """
 
 import contextlib
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from zerobert import distributed, manifest
-from zerobert.errors import ConfigError
+from zerobert.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, ConfigError, DataError, exit_code
 from zerobert.manifest import MANIFEST_NAME
+from zerobert.tracking import write_status
 
 RESULT_NAME = "result.json"
 STATE_NAME = "state"
-_COMPLETED = ".completed"
+_COMPLETED, _OLDER = ".completed", ".older"
 _WRITTEN_ON_THE_WAY = re.compile(rf"step_\d+|{STATE_NAME}")
 
 
@@ -34,10 +36,40 @@ def claimed(out: Path) -> Iterator[None]:
     """
     descriptor = manifest.claim_folder(out) if distributed.is_main() else None
     try:
+        if descriptor is not None:
+            finish_replacement(out)
         yield
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+@contextlib.contextmanager
+def told(out: Path) -> Iterator[None]:
+    """Keep `status.json` in a claimed folder: that the run lives, and how it ended.
+
+    Raises:
+        DataError: it can't be written.
+    """
+    if not distributed.is_main():
+        yield
+        return
+    write_status(out, "running", None)
+    try:
+        yield
+    except BaseException as error:
+        code = exit_code(error)
+        is_asked = code in (EXIT_TERMINATED, EXIT_INTERRUPTED)
+        reason = "" if isinstance(error, SystemExit) else " ".join(str(error).split())
+        with contextlib.suppress(DataError):  # a full disk: the first reason is the one to tell
+            write_status(
+                out,
+                "preempted" if is_asked else "failed",
+                code,
+                error=reason or type(error).__name__,
+            )
+        raise
+    write_status(out, "done", 0)
 
 
 def check_output(out: Path, model: Path) -> None:
@@ -99,14 +131,38 @@ def replacing(
     with manifest.staged_folder(completed) as staging:
         yield staging
         manifest.write_manifest(staging, kind="model", config=record, inputs=inputs)
+    finish_replacement(out)
+    discard_state(out, keep)  # last: until the model is there it is all that there is
+
+
+def finish_replacement(out: Path) -> None:
+    """Move a completed model up, from wherever the process was killed that began with it.
+
+    Raises:
+        DataError: something can't be moved.
+    """
+    completed = out / _COMPLETED
+    if not completed.is_dir():
+        return
     with manifest.writing(out):
-        _remove_older(out, keep)
-        # The result goes first, as the mark that the folder is ours; the manifest last.
-        names = {path.name for path in completed.iterdir()}
-        middle = sorted(names - {RESULT_NAME, MANIFEST_NAME})
-        for name in (RESULT_NAME, *middle, MANIFEST_NAME):
-            (completed / name).replace(out / name)
-        completed.rmdir()
+        if manifest.is_complete(completed):
+            record = manifest.read_manifest(completed)
+            _remove_older(out, completed / _OLDER, record)
+            # The result goes first, as the mark that the folder is ours; the manifest last.
+            middle = sorted(set(record.files) - {RESULT_NAME})
+            for name in (RESULT_NAME, *middle, MANIFEST_NAME):
+                if (completed / name).exists():
+                    (completed / name).replace(out / name)
+        shutil.rmtree(completed)
+
+
+def discard_spent_state(out: Path) -> None:
+    """Remove the state of the very training that the finished model is of, left by a kill."""
+    state = out / STATE_NAME
+    if manifest.is_complete(out) and manifest.is_complete(state):
+        record, spent = manifest.read_manifest(out), manifest.read_manifest(state)
+        if (record.config.get("run"), record.inputs) == (spent.config["run"], spent.inputs):
+            discard_state(out, record.config["folders"])
 
 
 def discard_state(out: Path, keep: Collection[str] = ()) -> None:
@@ -132,13 +188,19 @@ def _discard(folder: Path) -> None:
         shutil.rmtree(hidden)
 
 
-def _remove_older(out: Path, keep: Collection[str]) -> None:
+def _remove_older(out: Path, aside: Path, new: manifest.Manifest) -> None:
+    """Make an older model's folder no model any more, and remove what the new one lacks.
+
+    Args:
+        aside: a folder for the older one's manifest, so that a kill does not lose the list.
+    """
     if manifest.is_complete(out):
-        older = manifest.read_manifest(out)
-        (out / MANIFEST_NAME).unlink()
-        for name in older.files:
+        aside.mkdir(exist_ok=True)
+        (out / MANIFEST_NAME).replace(aside / MANIFEST_NAME)
+    if manifest.is_complete(aside):
+        older = manifest.read_manifest(aside)
+        for name in set(older.files).difference(new.files):
             (out / name).unlink(missing_ok=True)
-        for name in set(older.config.get("folders", ())).difference(keep):
+        for name in set(older.config.get("folders", ())).difference(new.config["folders"]):
             _discard(out / name)
-    discard_state(out, keep)
     manifest.remove_leftovers(out)  # of a run that was killed

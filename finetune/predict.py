@@ -29,7 +29,8 @@ import torch
 
 from finetune.classifier import Texts, answer, open_classifier
 from finetune.data import parse_columns
-from finetune.tables import read_rows
+from finetune.flags import name_or_path
+from finetune.tables import one_line, read_rows
 from zerobert.device import set_threads, this_device
 from zerobert.errors import ArgumentParser, ConfigError, DataError, run_script
 from zerobert.manifest import write_text, writing
@@ -40,23 +41,23 @@ _DIGITS = 6
 
 def format_line(labels: Sequence[str], texts: Texts, answer_C: Sequence[float]) -> str:
     """An answer for people: the label, each class's probability, the text."""
-    shown = [_one_line(text) for text in texts]
+    shown = [one_line(text) for text in texts]
     if not labels:
         return "\t".join([f"{answer_C[0]:.3f}", *shown])
     chances = zip(labels, answer_C, strict=True)
-    each = ", ".join(f"{_one_line(label)} {chance:.4f}" for label, chance in chances)
-    return "\t".join([_one_line(_best(labels, answer_C)), each, *shown])
+    each = ", ".join(f"{one_line(label)} {chance:.4f}" for label, chance in chances)
+    return "\t".join([one_line(_best(labels, answer_C)), each, *shown])
 
 
 def format_tsv(labels: Sequence[str], number: int, answer_C: Sequence[float]) -> str:
     """A line of an output file; `tsv_header` names its columns."""
-    cells = [_one_line(_best(labels, answer_C))] if labels else []
+    cells = [one_line(_best(labels, answer_C))] if labels else []
     return "\t".join([str(number), *cells, *(f"{value:.{_DIGITS}f}" for value in answer_C)])
 
 
 def tsv_header(labels: Sequence[str]) -> str:
     """The first line of an output file."""
-    names = ["label", *(f"probability_{_one_line(label)}" for label in labels)]
+    names = ["label", *(f"probability_{one_line(label)}" for label in labels)]
     return "\t".join(["row", *(names if labels else ["score"])])
 
 
@@ -72,10 +73,6 @@ def format_json(labels: Sequence[str], number: int, answer_C: Sequence[float]) -
 
 def _best(labels: Sequence[str], answer_C: Sequence[float]) -> str:
     return labels[answer_C.index(max(answer_C))]
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def read_lines(lines: Iterable[bytes], where: str, *, skips_blank: bool = True) -> Iterator[Texts]:
@@ -116,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("texts", metavar="TEXT", nargs="*", help="what to ask about")
     add(
         "--model_name_or_path",
+        type=name_or_path,
         required=True,
         help="the output folder of a fine-tuning, or a hub name",
     )
@@ -144,7 +142,11 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ConfigError("--input_file and --text_columns go together: give both or neither")
     if args.max_seq_length is not None and args.max_seq_length < 1:
         raise ConfigError(f"--max_seq_length: wanted 1 or more, got {args.max_seq_length}")
+    if not (args.texts or args.input_file) and sys.stdin is None:
+        raise ConfigError("stdin is closed: give texts or --input_file")
     if args.output_file is None:
+        if sys.stdout is None:
+            raise ConfigError("stdout is closed, and the answers with it: give --output_file")
         return
     if args.output_file.suffix.lower() not in (".tsv", ".jsonl"):
         raise ConfigError(f"--output_file {args.output_file}: wanted a name in .tsv or .jsonl")

@@ -20,7 +20,7 @@ if not __package__:
 
     expect_interrupts()
 
-from finetune.flags import add_training_flags, ranks_asked_for
+from finetune.flags import add_training_flags, ranks_asked_for, refuse_flags
 from zerobert.errors import ArgumentParser, run_script
 from zerobert.launcher import start
 from zerobert.signals import StopRequest
@@ -46,7 +46,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="the task's folder or the GLUE folder (default: $GLUE_DIR, data/glue, the hub)",
     )
     add("--max_seq_length", type=int, help="default: 128, or the model's limit")
-    add("--seeds", help="several runs, as 1,2,3: the best is kept, result.json has the median too")
     add(
         "--from_mnli",
         action="store_true",
@@ -57,12 +56,16 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write the test set's answers as the GLUE server takes them",
     )
-    add_training_flags(
+    seeds = add_training_flags(
         parser,
         batch_size="the task's, 32",
         learning_rate="the task's, 2e-5",
         num_epochs="the task's, 3 (MRPC and WNLI 5)",
     )
+    seeds.add_argument(
+        "--seeds", help="several runs, as 1,2,3: the best is kept, result.json has the median too"
+    )
+    refuse_flags(parser, {"--do_train": "leave it out: a task that has a training set is trained"})
     own = parser.add_argument_group("your own data (--task_name custom): TSV, CSV or JSONL")
     own.add_argument("--train_file", type=Path)
     own.add_argument("--dev_file", type=Path)

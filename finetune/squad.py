@@ -132,6 +132,8 @@ def _read_json(path: Path) -> Any:
             f"{path} line {error.lineno} column {error.colno}: not JSON ({error.msg}); the file is "
             "broken or was cut off"
         ) from error
+    except (ValueError, RecursionError) as error:  # digits or brackets by the thousand
+        raise DataError(f"{path}: not JSON that can be read: {error}") from error
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror or error}") from error
 

@@ -51,6 +51,7 @@ class Job:
     max_answer_length: int
     windows: dict[str, int]
     versions: dict[str, str]
+    stop: StopRequest
 
 
 def run(args: argparse.Namespace, stop: StopRequest) -> int:
@@ -77,8 +78,10 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
             output.check_output(out, Path(model))
             if slow := slow_precision(this_device(), computes_in(settings.deepspeed)):
                 print(f"warning: {slow}")
-            job = prepare(args, model)
+        job = prepare(args, model, stop)
+        with distributed.one_voice():
             held.enter_context(output.claimed(out))
+            held.enter_context(output.told(out))
         result = fine_tune(job, settings, out, stop, resumes=args.resume == "auto")
         rows = [
             (name, f"{100 * value:.2f}", f"{PUBLISHED[name]:.1f}")
@@ -90,33 +93,34 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     return 0
 
 
-def prepare(args: argparse.Namespace, model: str) -> Job:
-    """Open the model and read the data; every fault of the input shows here, before any training.
+def prepare(args: argparse.Namespace, model: str, stop: StopRequest) -> Job:
+    """Open the model and read the data; every fault of the input shows here, before any training;
+    collective.
 
     Raises:
         ZerobertError: the model or the data can't be used.
+        SystemExit: a signal asked to end.
     """
-    for name in ("n_best_size", "max_answer_length"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name}: wanted 1 or more, got {getattr(args, name)}")
-    folder = checkpoint.open_model(model)
-    tokenizer = checkpoint.load_tokenizer(folder)
-    limit = folder.config.max_position_embeddings
-    asked = args.max_seq_length
-    length = min(squad.MAX_SEQ_LENGTH, limit) if asked is None else asked
-    if length > limit:
-        raise ConfigError(f"--max_seq_length {length}: {folder.path} was made for at most {limit}")
+    with distributed.one_voice():
+        for name in ("n_best_size", "max_answer_length"):
+            if getattr(args, name) < 1:
+                raise ConfigError(f"--{name}: wanted 1 or more, got {getattr(args, name)}")
+        folder = checkpoint.open_model(model)
+        tokenizer = checkpoint.load_tokenizer(folder)
+        length = _choose_length(folder, args.max_seq_length)
+        versions = {"model": checkpoint.version(folder.path), "vocabulary": tokenizer.sha256}
     windows = {
         "max_seq_length": length,
         "doc_stride": args.doc_stride,
         "max_query_length": args.max_query_length,
     }
-    versions = {"model": checkpoint.version(folder.path), "vocabulary": tokenizer.sha256}
 
     def read(path: Path, *, for_training: bool) -> tuple[Questions, Features]:
         split = squad.TRAIN if for_training else squad.DEV
-        questions = squad.load_questions(split, path, for_training=for_training)
-        features = squad.encode(questions, tokenizer, **windows)
+        with distributed.one_voice():
+            questions = squad.load_questions(split, path, for_training=for_training)
+            features = squad.encode(questions, tokenizer, **windows)
+        batches.end_if_asked(stop)
         versions[questions.source] = questions.version
         print(f"SQuAD: {len(questions)} questions from {questions.source}, {len(features)} windows")
         return questions, features
@@ -137,7 +141,16 @@ def prepare(args: argparse.Namespace, model: str) -> Job:
         max_answer_length=args.max_answer_length,
         windows=windows,
         versions=versions,
+        stop=stop,
     )
+
+
+def _choose_length(folder: ModelFolder, asked: int | None) -> int:
+    limit = folder.config.max_position_embeddings
+    length = min(squad.MAX_SEQ_LENGTH, limit) if asked is None else asked
+    if length > limit:
+        raise ConfigError(f"--max_seq_length {length}: {folder.path} was made for at most {limit}")
+    return length
 
 
 def fine_tune(
@@ -152,6 +165,10 @@ def fine_tune(
     start = "random weights" if job.random_init else str(job.folder.path)
     output.announce_replacement(out)
     course.announce("SQuAD", start, out, settings.seed)
+    if resumes:
+        with distributed.one_voice():
+            source = jsonable(_source(job, settings))
+            course.check_state(source, job.versions, out / output.STATE_NAME)
     if job.train:
         made = course.run(_course(job, job.train, settings), settings, out, stop, resumes=resumes)
     else:
@@ -228,7 +245,7 @@ def evaluate(job: Job, forward: Callable[..., tuple[Tensor, Tensor]], step: int)
         both_B2S = torch.stack([start_BS, end_BS], dim=1)
         return F.pad(both_B2S, (0, width - both_B2S.shape[2]), value=least)
 
-    logits_N2S = batches.predict(stacked, job.dev, this_device())
+    logits_N2S = batches.predict(stacked, job.dev, this_device(), job.stop)
     loss = _mean_loss(job.dev, logits_N2S)
     check_finite(loss, step)
     scores = squad_answers.score(job.questions, _answers(job, logits_N2S))

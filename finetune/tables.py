@@ -4,6 +4,7 @@ GLUE's files are plain lines of cells between tabs: a quote is a character like 
 reader that takes it for more swallows rows. Every fault is a `DataError` with file and line.
 """
 
+import contextlib
 import csv
 import json
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,7 @@ def read_rows(
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    try:
+    with _reading(path):
         match path.suffix.lower():
             case ".csv":
                 yield from _csv_rows(path, columns)
@@ -41,6 +42,23 @@ def read_rows(
                 yield from _json_rows(path, columns)
             case _:
                 yield from _tab_rows(path, columns, header, skips_broken_rows)
+
+
+def read_header(path: Path) -> list[str]:
+    """The columns that the first line of a TAB-separated file names.
+
+    Raises:
+        DataError: the file can't be read.
+    """
+    with _reading(path):
+        return next(_lines(path), (0, ""))[1].split("\t")
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what goes wrong into a `DataError` that names the file."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise DataError(
@@ -111,6 +129,8 @@ def _find_columns(path: Path, header: Sequence[str], columns: Sequence[str]) -> 
         if column not in header:
             known = ", ".join(map(repr, header))
             raise DataError(f"{path} line 1: no column {column!r}; its columns are {known}")
+        if (count := header.count(column)) > 1:
+            raise DataError(f"{path} line 1: {count} columns {column!r}, wanted one; rename them")
     return [header.index(column) for column in columns]
 
 
@@ -120,7 +140,7 @@ def _json_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, tuple[
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # digits or brackets by the thousand
             raise DataError(f"{path} line {number}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise DataError(f"{path} line {number}: wanted an object {{...}}, got {line[:40]!r}")
@@ -139,6 +159,11 @@ def _json_cell(row: dict[str, Any], column: str, path: Path, line: int) -> str:
         return json.dumps(value)
     got = f"{value!r}" if column in row else f"only {', '.join(map(repr, row))}"
     raise DataError(f"{path} line {line}: wanted a string or a number in {column!r}, got {got}")
+
+
+def one_line(text: str) -> str:
+    """A text as a cell of a TAB-separated file."""
+    return " ".join(text.split())
 
 
 def is_text(value: str) -> bool:

@@ -23,11 +23,13 @@ class File:
     Args:
         name: in the task's folder; an absolute path for a user's own file.
         header: the columns of a file whose first line does not name them.
+        columns: of the texts and the label, where it names them otherwise than the task.
         rows: MRPC's first release keeps train and dev in one file; `dev_ids.tsv` lists the latter.
     """
 
     name: str
     header: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
     rows: Literal["all", "listed", "unlisted"] = "all"
 
 
@@ -62,6 +64,7 @@ class Task:
         label_names: the same, in words, for whoever loads the fine-tuned model.
         metrics: the first is the task's value.
         dev: the first is the one whose loss is reported.
+        sometimes_labelled: a dev set where one of its files has labels; see `data.with_labelled`.
         trained_on: the task whose fine-tuned model answers this one, which has no training set.
         gains_from: the task whose fine-tuned model is a better start than a pretrained one.
             Source: Liu et al. 2019 (arXiv:1907.11692), section 5.1; Phang et al. 2018
@@ -83,6 +86,7 @@ class Task:
     metrics: tuple[str, ...]
     train: Split | None = None
     dev: tuple[Split, ...] = ()
+    sometimes_labelled: Split | None = None
     test: tuple[Split, ...] = ()
     hub_config: str = ""
     hub_text_columns: tuple[str, ...] = ()
@@ -131,6 +135,10 @@ def _test(num_rows: int, submission: str, *files: File) -> tuple[Split, ...]:
 
 
 _COLA_HEADER = ("source", "label", "annotation", "sentence")
+_AX_FILES = (
+    *(File(name="ax.tsv"), File(name="AX.tsv"), File(name="diagnostic.tsv")),
+    File(name="diagnostic-full.tsv", columns=("Premise", "Hypothesis", "Label")),
+)
 _MRPC_TRAIN = "msr_paraphrase_train.txt"
 
 TASKS: tuple[Task, ...] = (
@@ -296,9 +304,8 @@ TASKS: tuple[Task, ...] = (
         labels=("entailment", "neutral", "contradiction"),
         label_names=("entailment", "neutral", "contradiction"),
         metrics=("matthews",),
-        test=_test(
-            1104, "AX", File(name="ax.tsv"), File(name="AX.tsv"), File(name="diagnostic.tsv")
-        ),
+        sometimes_labelled=Split(files=_AX_FILES, num_rows=1104),
+        test=_test(1104, "AX", *_AX_FILES),
         hub_config="ax",
         hub_text_columns=("premise", "hypothesis"),
         trained_on="MNLI",

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from zerobert import __version__, manifest
 from zerobert.config import BertConfig, from_dict
 from zerobert.errors import CheckpointError, ConfigError
-from zerobert.tokenizer import TOKENIZER_NAME, VOCAB_NAME, TextRules, WordPieceTokenizer
+from zerobert.tokenizer import (
+    SPECIAL_TOKENS,
+    TOKENIZER_NAME,
+    VOCAB_NAME,
+    AddedWord,
+    TextRules,
+    WordPieceTokenizer,
+)
 
 WEIGHTS_NAME = "model.safetensors"
 _PICKLE_NAME = "pytorch_model.bin"
@@ -52,8 +59,9 @@ _NORMALIZER_NAMES = {
     "strip_accents": "strip_accents",
     "tokenize_chinese_chars": "handle_chinese_chars",
 }
-# Rows that tensor cores like, which are no words: NVIDIA pads to 8, others up to 128.
-_ROW_MULTIPLE, _MAX_SPARE_ROWS = 8, 127
+_ADDED_NAME = "added_tokens.json"
+# Of rows that tensor cores like, which are no words: NVIDIA pads to 8, others up to 128.
+_ROW_MULTIPLES = (8, 16, 32, 64, 128)
 _WORDS, _DECODER = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
 _BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")
 
@@ -156,7 +164,7 @@ def _tokenizer_settings(path: Path) -> tuple[str, TextRules]:
 
 def _download(name: str) -> Path:
     try:
-        patterns = ["config.json", VOCAB_NAME, "tokenizer*.json"]
+        patterns = ["config.json", VOCAB_NAME, "tokenizer*.json", _ADDED_NAME]
         path = Path(snapshot_download(name, allow_patterns=[*patterns, *_WEIGHTS_PATTERNS]))
         if not _weight_files(path):
             path = Path(snapshot_download(name, allow_patterns=[*patterns, *_PICKLE_PATTERNS]))
@@ -205,7 +213,8 @@ def load_tokenizer(folder: ModelFolder) -> WordPieceTokenizer:
             f"{folder.path}/tokenizer_config.json: wanted a WordPiece tokenizer as BertTokenizer, "
             f"got {name!r}; choose a model that cuts text as BERT does"
         )
-    rules = dataclasses.asdict(folder.text_rules)
+    rules: dict[str, Any] = dataclasses.asdict(folder.text_rules)
+    rules["added"] = _added_words(folder.path)
     vocab_file, library_file = folder.path / VOCAB_NAME, folder.path / TOKENIZER_NAME
     if library_file.is_file() and (name in _LIBRARY_CLASSES or not vocab_file.is_file()):
         vocab_file = library_file
@@ -223,9 +232,31 @@ def load_tokenizer(folder: ModelFolder) -> WordPieceTokenizer:
 
 def has_room(config: BertConfig, num_words: int) -> bool:
     """Whether a vocabulary is the model's: as many words as rows, or rows padded to a multiple."""
-    spare = config.vocab_size - num_words
-    is_padded = config.vocab_size % _ROW_MULTIPLE == 0 and 0 < spare <= _MAX_SPARE_ROWS
-    return spare == 0 or is_padded
+    padded = [-(-num_words // multiple) * multiple for multiple in _ROW_MULTIPLES]
+    return config.vocab_size in (num_words, *padded)
+
+
+def _added_words(path: Path) -> list[AddedWord]:
+    """What a folder's tokenizer has beyond BERT's own tokens, wherever transformers wrote it."""
+    found: dict[str, AddedWord] = {}
+    listed: list[tuple[Path, Any]] = []
+    if (file := path / _ADDED_NAME).is_file():
+        ids = _read_json(file)
+        listed += [(file, {"content": word, "id": ids[word]}) for word in ids]
+    if (file := path / "tokenizer_config.json").is_file():
+        known = _read_json(file).get("added_tokens_decoder") or {}
+        listed += [(file, {**known[number], "id": int(number)}) for number in known]
+    if (file := path / TOKENIZER_NAME).is_file():
+        listed += [(file, token) for token in _read_json(file).get("added_tokens") or ()]
+    names = {field.name for field in dataclasses.fields(AddedWord)}
+    for file, raw in listed:  # later ones know more
+        try:
+            token = AddedWord(**{key: raw[key] for key in raw if key in names})
+        except TypeError as error:
+            raise CheckpointError(f"{file}: {raw!r} is no added token: {error}") from error
+        if token.content not in SPECIAL_TOKENS:
+            found[token.content] = token
+    return list(found.values())
 
 
 def _library_words(path: Path) -> list[str]:
@@ -238,7 +269,8 @@ def _library_words(path: Path) -> list[str]:
                 "BERT does"
             )
     ids = dict(raw["model"]["vocab"])
-    ids |= {token["content"]: token["id"] for token in raw.get("added_tokens", [])}
+    special = [token for token in raw.get("added_tokens", ()) if token["content"] in SPECIAL_TOKENS]
+    ids |= {token["content"]: token["id"] for token in special}
     words = sorted(ids, key=lambda word: ids[word])
     if [ids[word] for word in words] != list(range(len(words))):
         raise CheckpointError(f"{path}: the ids of its {len(words)} words have gaps or are double")

@@ -106,7 +106,8 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     """
     try:
         code = _outcome(main)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by who started us
+            sys.stdout.flush()
     except BrokenPipeError:
         if not _reader_is_gone():
             raise

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import (
+    AddedToken,
     Tokenizer,
     decoders,
     models,
@@ -58,10 +59,24 @@ class TextRules:
     tokenize_chinese_chars: bool = True
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AddedWord:
+    """A word that is found in a text before it is cut; the flags are those of `tokenizers`."""
+
+    content: str
+    id: int
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = True
+    special: bool = False
+
+
 class WordPieceTokenizer:
     """A vocabulary and the rules that cut text into its pieces.
 
     Attributes:
+        vocab: every token, those that were added among them; its place is its id.
         sha256: of the vocabulary, one token a line: the same for every file that says the same.
     """
 
@@ -72,19 +87,24 @@ class WordPieceTokenizer:
         do_lower_case: bool,
         strip_accents: bool | None = None,
         tokenize_chinese_chars: bool = True,
+        added: Sequence[AddedWord] = (),
         where: str = "vocabulary",
     ) -> None:
         """Take a vocabulary.
 
         Args:
+            vocab: what words are cut into.
             do_lower_case, strip_accents, tokenize_chinese_chars: see `TextRules`.
+            added: further tokens, whose ids go on from those, or flags of tokens that are there.
             where: its file, for messages.
 
         Raises:
-            DataError: a token is there twice, a special one is missing, or [PAD] is not the first.
+            DataError: a token is there twice, a special one is missing, [PAD] is not the first, or
+                an added one has another id.
         """
         _check_vocabulary(vocab, where)
-        self.vocab = tuple(vocab)
+        self._words = tuple(vocab)
+        vocab = self.vocab = _with_added(self._words, added, where)
         self.rules = TextRules(
             do_lower_case=do_lower_case,
             strip_accents=strip_accents,
@@ -94,7 +114,7 @@ class WordPieceTokenizer:
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = map(
             self.vocab.index, SPECIAL_TOKENS
         )
-        self._tokenizer = _library_tokenizer(self.vocab, self.rules)
+        self._tokenizer = _library_tokenizer(self._words, self.rules, added)
 
     @property
     def do_lower_case(self) -> bool:
@@ -109,6 +129,7 @@ class WordPieceTokenizer:
         do_lower_case: bool,
         strip_accents: bool | None = None,
         tokenize_chinese_chars: bool = True,
+        added: Sequence[AddedWord] = (),
     ) -> "WordPieceTokenizer":
         """Read a `vocab.txt`: one token a line, its number is its id.
 
@@ -133,6 +154,7 @@ class WordPieceTokenizer:
             do_lower_case=do_lower_case,
             strip_accents=strip_accents,
             tokenize_chinese_chars=tokenize_chinese_chars,
+            added=added,
             where=str(vocab_file),
         )
 
@@ -189,7 +211,8 @@ class WordPieceTokenizer:
     def save(self, folder: Path, *, model_max_length: int = 512) -> None:
         """Write the three files that transformers' AutoTokenizer loads with equal ids.
 
-        They are `vocab.txt`, `tokenizer.json` and `tokenizer_config.json`.
+        They are `vocab.txt`, `tokenizer.json` and `tokenizer_config.json`; only the second has the
+        tokens that were added.
 
         Args:
             model_max_length: the longest input of the model, where transformers truncates.
@@ -206,7 +229,7 @@ class WordPieceTokenizer:
         }
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / VOCAB_NAME).write_bytes(_as_text(self.vocab).encode())
+            (folder / VOCAB_NAME).write_bytes(_as_text(self._words).encode())
         write_json(folder / TOKENIZER_NAME, json.loads(self._tokenizer.to_str()))
         write_json(folder / "tokenizer_config.json", config)
 
@@ -228,11 +251,26 @@ def _check_vocabulary(vocab: Sequence[str], where: str) -> None:
         )
 
 
+def _with_added(words: tuple[str, ...], added: Sequence[AddedWord], where: str) -> tuple[str, ...]:
+    """The words and, behind them, the added ones that are new, in the order of their ids."""
+    ids = {word: index for index, word in enumerate(words)}
+    for token in sorted(added, key=lambda token: token.id):
+        wanted = ids.setdefault(token.content, len(ids))
+        if token.id != wanted:
+            raise DataError(
+                f"{where} has {len(words)} words: the added token {token.content!r} has the id "
+                f"{token.id}, wanted {wanted}; save the tokenizer anew with transformers"
+            )
+    return tuple(ids)
+
+
 def _as_text(vocab: Iterable[str]) -> str:
     return "".join(f"{token}\n" for token in vocab)
 
 
-def _library_tokenizer(vocab: Sequence[str], rules: TextRules) -> Tokenizer:
+def _library_tokenizer(
+    vocab: Sequence[str], rules: TextRules, added: Sequence[AddedWord]
+) -> Tokenizer:
     """What BertWordPieceTokenizer of the tokenizers library builds, from a vocabulary in memory."""
     ids = {token: index for index, token in enumerate(vocab)}
     tokenizer = Tokenizer(
@@ -247,6 +285,10 @@ def _library_tokenizer(vocab: Sequence[str], rules: TextRules) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing((SEP, ids[SEP]), (CLS, ids[CLS]))
     tokenizer.decoder = decoders.WordPiece(prefix=CONTINUATION)
+    for token in sorted(added, key=lambda token: token.id):  # the library counts on from the words
+        flags = dataclasses.asdict(token)
+        del flags["id"]
+        tokenizer.add_tokens([AddedToken(**flags)])
     return tokenizer
 
 

@@ -194,7 +194,9 @@ def test_ctrl_c_leaves_nothing_half_written(place: Path) -> None:
     assert process.returncode == 130
     assert errors.splitlines()[-1].startswith("stopping: the step is finished and saved first")
     assert "Traceback" not in errors
-    names = {path.name for path in (place / "out").iterdir()}
+    status = json.loads((place / "out" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("preempted", 130)
+    names = {path.name for path in (place / "out").iterdir()} - {"status.json"}
     assert "state" in names
     assert all(re.fullmatch(r"step_\d+|state", name) for name in names), names
     for name in names:

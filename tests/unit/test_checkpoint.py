@@ -588,6 +588,62 @@ def test_rows_padded_for_tensor_cores_are_no_words(tmp_path: Path) -> None:
     ].shape == (24, 24)
 
 
+@pytest.mark.parametrize(
+    ("rows", "fits"),
+    [(30522, True), (30528, True), (30592, True), (30720, False), (30621, False), (30624, False)],
+)
+def test_only_rows_up_to_a_multiple_are_padding(rows: int, fits: bool) -> None:
+    """Of a vocabulary that is a hundred words short the rows are 30622 or so: no padding."""
+    assert checkpoint.has_room(dataclasses.replace(CONFIG, vocab_size=rows), 30522) == fits
+
+
+ADDED = ["see [E1] the dog", "covid19 Covid19!", "a brown.fox xcovid19y", "x[e1]y"]
+
+
+@pytest.mark.parametrize("keeps", ["tokenizer.json", "added_tokens.json", "decoder"])
+@pytest.mark.parametrize("is_lower", [True, False])
+def test_added_tokens_stay_whole(tmp_path: Path, keeps: str, is_lower: bool) -> None:
+    folder = save(tmp_path / "model", tokenizer=make_tokenizer(do_lower_case=is_lower))
+    theirs = transformers.BertTokenizer.from_pretrained(folder)
+    whole = transformers.AddedToken("brown.fox", single_word=True)
+    theirs.add_tokens(["covid19", whole])
+    theirs.add_special_tokens({"additional_special_tokens": ["[E1]"]})
+    tokens = json.loads(theirs.backend_tokenizer.to_str())["added_tokens"]
+    new = [token for token in tokens if token["id"] >= len(VOCAB)]
+    assert [token["id"] for token in new] == [22, 23, 24]
+    (folder / "manifest.json").unlink()
+    if keeps == "tokenizer.json":
+        theirs.save_pretrained(folder)
+    else:
+        path = folder / "tokenizer_config.json"
+        config = json.loads(path.read_text())
+        flags = {str(t["id"]): {k: t[k] for k in t if k != "id"} for t in new}
+        if keeps == "added_tokens.json":
+            ids = {token["content"]: token["id"] for token in new}
+            (folder / keeps).write_text(json.dumps(ids))
+            del flags["22"]
+        path.write_text(json.dumps({**config, "added_tokens_decoder": flags}))
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, "vocab_size": 25}))
+    ours = load_tokenizer(open_model(str(folder)))
+    assert ours.vocab == (*VOCAB, "covid19", "brown.fox", "[E1]")
+    expected = theirs(ADDED, add_special_tokens=False)["input_ids"]
+    assert ours.encode_words(ADDED) == expected
+    assert {22, 23, 24} <= {token for row in expected for token in row}
+    ours.save(tmp_path / "again")
+    (tmp_path / "again" / "config.json").write_text((folder / "config.json").read_text())
+    assert load_tokenizer(open_model(str(tmp_path / "again"))).encode_words(ADDED) == expected
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert theirs(ADDED, add_special_tokens=False)["input_ids"] == expected
+
+
+def test_an_added_token_of_another_id_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model")
+    (folder / "added_tokens.json").write_text('{"covid19": 30}')
+    with pytest.raises(DataError, match="token 'covid19' has the id 30, wanted 22; save the tok"):
+        load_tokenizer(open_model(str(folder)))
+
+
 SAID = ["The DOG", "狗 the狗", "thé dóg"]
 RULES = [
     TextRules(),
@@ -623,7 +679,8 @@ def test_a_folder_that_transformers_saved_needs_no_vocab_txt(
         ("tokenizer_config.json", {"tokenizer_class": "BertJapaneseTokenizer"}, "wanted a WordP"),
         ("tokenizer.json", {"model": {"type": "BPE"}}, "model: wanted WordPiece, got BPE"),
         ("tokenizer.json", {"normalizer": None}, "normalizer: wanted BertNormalizer, got None"),
-        ("tokenizer.json", {"added_tokens": [{"content": "x", "id": 99}]}, "23 words have gaps"),
+        ("tokenizer.json", {"added_tokens": [{"content": "[PAD]", "id": 99}]}, "22 words have g"),
+        ("tokenizer.json", {"added_tokens": [{"content": "x", "ID": 1}]}, "is no added token"),
     ],
 )
 def test_a_tokenizer_that_cuts_otherwise_is_refused(

@@ -1,5 +1,7 @@
 """What a script prints and exits with, in processes of their own."""
 
+import functools
+import os
 import subprocess
 import sys
 import textwrap
@@ -10,7 +12,9 @@ from tests.conftest import REPOSITORY
 from zerobert import errors
 
 
-def run(body: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+def run(
+    body: str, *, closes_stdout: bool = False, **environment: str
+) -> "subprocess.CompletedProcess[str]":
     """Run a script whose `main` has this body."""
     script = (
         "import os, signal, sys\n"
@@ -26,6 +30,7 @@ def run(body: str, **environment: str) -> "subprocess.CompletedProcess[str]":
         text=True,
         timeout=60,
         check=False,
+        preexec_fn=functools.partial(os.close, 1) if closes_stdout else None,
     )
 
 
@@ -33,6 +38,11 @@ def run(body: str, **environment: str) -> "subprocess.CompletedProcess[str]":
 def test_the_code_that_main_returns_is_the_exit_code(code: int) -> None:
     result = run(f"print('said')\nreturn {code}")
     assert (result.returncode, result.stdout, result.stderr) == (code, "said\n", "")
+
+
+def test_a_closed_stdout_is_no_error() -> None:
+    result = run("return 0 if sys.stdout is None else 1", closes_stdout=True)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

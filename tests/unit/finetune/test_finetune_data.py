@@ -99,8 +99,10 @@ def test_unofficial_row_count_is_a_warning_line(glue: Path, capsys) -> None:
     ("name", "row", "message"),
     [
         ("SST-2", "fine\tgood", r"train\.tsv line 4: unknown label 'good' in 'label'; SST-2 knows"),
-        ("STS-B", "\t" * 9 + "high", r"line 4: wanted a number in 'score', got 'high'"),
-        ("STS-B", "\t" * 9 + "nan", r"line 4: wanted a number in 'score', got 'nan'"),
+        ("STS-B", "\t" * 9 + "high", r"line 4: wanted a number in 'score' .*, got 'high'"),
+        ("STS-B", "\t" * 9 + "nan", r"line 4: wanted a number in 'score' .*, got 'nan'"),
+        ("STS-B", "\t" * 9 + "1e39", r"line 4: .*'score' that float32 holds, got '1e39'"),
+        ("STS-B", "\t" * 9 + "9" * 5000, r"line 4: wanted a number .*, got '9{60}'$"),
     ],
 )
 def test_bad_labels_name_file_and_line(glue: Path, name: str, row: str, message: str) -> None:
@@ -143,6 +145,11 @@ def test_without_data_dir_the_environment_then_data_glue(
     assert data.choose_folder(task, None) == Path("data/glue/RTE")
     monkeypatch.setenv("GLUE_DIR", str(tmp_path / "data" / "glue"))
     assert data.choose_folder(task, None) == tmp_path / "data" / "glue" / "RTE"
+    monkeypatch.setenv("GLUE_DIR", str(tmp_path))  # nothing of data/glue is mixed in
+    assert data.choose_folder(task, None) is None
+    monkeypatch.setenv("GLUE_DIR", "glue/typo")
+    with pytest.raises(DataError, match="GLUE_DIR glue/typo: no such folder; name GLUE's folder"):
+        data.choose_folder(task, None)
 
 
 class FakeTable(dict):
@@ -234,7 +241,7 @@ def test_own_labels_are_found_and_sorted(tmp_path: Path, capsys, labels, found) 
     path.write_text("text\tstars\n" + "".join(f"x\t{label}\n" for label in labels))
     assert data.find_labels(path, "stars") == found
     said = capsys.readouterr()
-    assert said.out == f"{path}: {len(found)} classes: {', '.join(found)}\n"
+    assert said.out == f"{path}: {len(found)} classes: {', '.join(map(repr, found))}\n"
     assert not said.err
 
 
@@ -244,10 +251,25 @@ def test_scores_taken_for_classes_are_told(tmp_path: Path, capsys) -> None:
     assert len(data.find_labels(path, "stars")) == 30
     said = capsys.readouterr()
     assert "'stars' has numbers such as 0.5, each a class of its own" in said.err
-    assert said.out.endswith("9.0, 9.5, ...\n")
+    assert said.out.endswith("'9.0', '9.5', ...\n")
 
 
-@pytest.mark.parametrize("label", ["", " "])
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["good", "bad", "good "], r"'good' in line 2 and 'good ' in line 4 are one label in two"),
+        (["1", "0", "1.0"], r"own\.csv: 'stars': '1' in line 2 and '1.0' in line 4 are one"),
+        (["1", "0", "01"], "'1' in line 2 and '01' in line 4"),
+    ],
+)
+def test_one_label_in_two_spellings_is_refused(tmp_path: Path, labels, message: str) -> None:
+    path = tmp_path / "own.csv"
+    path.write_text("text,stars\n" + "".join(f"x,{label}\n" for label in labels))
+    with pytest.raises(DataError, match=message):
+        data.find_labels(path, "stars")
+
+
+@pytest.mark.parametrize("label", ["", " ", "nan", "NaN"])
 def test_a_row_without_a_label_is_told_with_its_line(tmp_path: Path, label: str) -> None:
     path = tmp_path / "own.tsv"
     path.write_text(f"text\tstars\nx\t1\ny\t{label}\nz\t2\n")

@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -98,3 +99,9 @@ def test_predictions_are_in_the_servers_form(tmp_path) -> None:
     assert path.read_text() == "index\tprediction\n0\t1\n"
     metrics.write_predictions(path, find_task("stsb"), np.array([2.34567], np.float32))
     assert path.read_text() == "index\tprediction\n0\t2.346\n"
+
+
+def test_labels_with_a_tab_or_a_line_break_are_one_cell(tmp_path) -> None:
+    task = dataclasses.replace(find_task("rte"), labels=("a\tb", "c\nd"))
+    metrics.write_predictions(tmp_path / "x.tsv", task, np.array([0, 1]))
+    assert (tmp_path / "x.tsv").read_text() == "index\tprediction\n0\ta b\n1\tc d\n"

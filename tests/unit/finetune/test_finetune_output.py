@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.output import announce_replacement, check_output, claimed, replacing
+from finetune import output
+from finetune.output import announce_replacement, check_output, claimed, replacing, told
 from zerobert.errors import ConfigError, DataError
 from zerobert.manifest import (
     is_complete,
@@ -12,6 +13,7 @@ from zerobert.manifest import (
     verify_folder,
     write_manifest,
 )
+from zerobert.tracking import read_status
 
 
 def finish(out: Path, files: dict[str, str], keep: tuple[str, ...] = ()) -> None:
@@ -76,6 +78,75 @@ def test_killed_between_the_moves_is_incomplete_and_can_be_run_again(
     finish(tmp_path, {"config.json": "newer", "model.safetensors": "newer", "result.json": "{}"})
     verify_folder(tmp_path)
     assert names(tmp_path) == {"config.json", "model.safetensors", "result.json", "manifest.json"}
+
+
+@pytest.mark.parametrize("moves", range(6))
+def test_the_next_run_ends_the_moves_of_one_that_was_killed(
+    tmp_path: Path, monkeypatch, moves: int
+) -> None:
+    """Of the older manifest, the result, the others, the manifest; then the state is left."""
+    (tmp_path / "seed_1").mkdir()
+    older = {"config.json": "old", "SST-2.tsv": "old", "result.json": "{}"}
+    finish(tmp_path, older, keep=("seed_1",))
+    with staged_folder(tmp_path / "state") as staging:
+        write_manifest(staging, kind="state", config={"progress": {"saved_steps": []}}, inputs={})
+    left, replace = iter(range(moves)), Path.replace
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.parent in (tmp_path, tmp_path / ".completed") and next(left, None) is None:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    monkeypatch.setattr(output, "discard_state", lambda *_: (_ for _ in ()).throw(OSError))
+    with pytest.raises((KeyboardInterrupt, OSError)):
+        finish(tmp_path, {"config.json": "new", "model.safetensors": "new", "result.json": "{}"})
+    monkeypatch.undo()
+    assert is_complete(tmp_path / "state")
+    with claimed(tmp_path):
+        verify_folder(tmp_path)
+        assert (tmp_path / "config.json").read_text() == "new"
+        assert names(tmp_path) == {
+            *("config.json", "model.safetensors", "result.json", "manifest.json", "state"),
+        }
+
+
+def test_the_state_that_a_finished_model_came_from_is_spent(tmp_path: Path) -> None:
+    finish(tmp_path, {"result.json": "{}"})
+    for run, is_left in (("another", True), (None, False)):
+        with staged_folder(tmp_path / "state") as staging:
+            config = {"run": run, "progress": {"saved_steps": []}}
+            write_manifest(staging, kind="state", config=config, inputs={"a": "b"})
+        output.discard_spent_state(tmp_path)
+        assert (tmp_path / "state").exists() == is_left
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "code", "reason"),
+    [
+        (None, "done", 0, None),
+        (SystemExit(143), "preempted", 143, "SystemExit"),
+        (KeyboardInterrupt(), "preempted", 130, "KeyboardInterrupt"),
+        (DataError("no\nspace"), "failed", 2, "no space"),
+        (ValueError("a bug"), "failed", 1, "a bug"),
+    ],
+)
+def test_the_status_tells_whether_a_run_lives_and_how_it_ended(
+    tmp_path: Path, error: BaseException | None, state: str, code: int, reason: str | None
+) -> None:
+    def run() -> None:
+        with told(tmp_path):
+            assert read_status(tmp_path)["state"] == "running"
+            if error:
+                raise error
+
+    if error:
+        with pytest.raises(type(error)):
+            run()
+    else:
+        run()
+    status = read_status(tmp_path)
+    assert (status["state"], status["exit_code"], status.get("error")) == (state, code, reason)
 
 
 def test_what_an_older_run_left_goes_and_what_others_put_there_stays(tmp_path: Path) -> None:

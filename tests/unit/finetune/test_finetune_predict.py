@@ -326,3 +326,19 @@ def test_a_pretrained_model_has_no_answer(place: Path, monkeypatch) -> None:
     save_model(Path("p"), model.state_dict(), CONFIG, TOKENIZER, card="", source={}, inputs={})
     with pytest.raises(CheckpointError, match="p is not fine-tuned: it has no sentence classifier"):
         ask(monkeypatch, "good", model="p")
+
+
+@pytest.mark.parametrize(
+    ("closed", "flags", "error", "message"),
+    [
+        ("stdin", (), ConfigError, "stdin is closed: give texts"),
+        ("stdout", ("good tea",), ConfigError, "stdout is closed, .*: give --output_file"),
+    ],
+)
+def test_a_stream_that_is_closed_is_told(
+    place: Path, monkeypatch, closed: str, flags: tuple[str, ...], error: type, message: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["predict.py", "--model_name_or_path", "m", *flags])
+    monkeypatch.setattr(sys, closed, None)
+    with pytest.raises(error, match=message):
+        predict.main()

@@ -92,6 +92,8 @@ def test_jsonl_takes_strings_numbers_and_truth(tmp_path) -> None:
     ("line", "message"),
     [
         ("{", "line 1: not JSON"),
+        ('{"t": ' + "9" * 5000 + "}", "line 1: not JSON: Exceeds the limit"),
+        ('{"t": ' + "[" * 100_000 + "}", "line 1: not JSON: maximum recursion"),
         ("[1]", r"line 1: wanted an object \{\.\.\.\}, got '\[1\]'"),
         ('{"t": "x"}', "line 1: wanted a string or a number in 'y', got only 't'"),
         ('{"t": "x", "y": null}', "in 'y', got None"),
@@ -107,6 +109,14 @@ def test_missing_column_names_those_that_are_there(tmp_path) -> None:
     path = write(tmp_path / "a.tsv", "text\tstars\n")
     with pytest.raises(DataError, match="line 1: no column 'label'; its columns are 'text', 'st"):
         cells(path, ["text", "label"])
+
+
+@pytest.mark.parametrize(("name", "line"), [("a.tsv", "t\ty\tt\n"), ("a.csv", "t,y,t\n")])
+def test_a_column_that_is_there_twice_is_refused(tmp_path, name: str, line: str) -> None:
+    path = write(tmp_path / name, line)
+    assert cells(path, ["y"]) == []
+    with pytest.raises(DataError, match="line 1: 2 columns 't', wanted one; rename them"):
+        cells(path, ["t"])
 
 
 def test_empty_missing_and_foreign_files(tmp_path) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from finetune import course, experiment, glue, job, loop, run_glue
+from finetune import batches, course, experiment, glue, job, loop, output, run_glue
 from finetune.course import Evaluation
 from finetune.tasks import TASKS, find_task
 from tests.glue_files import write_every_task
@@ -26,7 +27,9 @@ from zerobert.errors import (
     TrainingDivergedError,
 )
 from zerobert.model import BertForPreTraining, BertForSequenceClassification
+from zerobert.signals import StopRequest
 from zerobert.tokenizer import SPECIAL_TOKENS, WordPieceTokenizer
+from zerobert.tracking import read_status
 
 WORDS = ("good", "fine", "bad", "poor", "a", "the", "soup", "tea", "was", "is")
 CONFIG = BertConfig(
@@ -196,6 +199,7 @@ def test_several_seeds_keep_the_best_and_tell_the_median(
     values = sorted(one["value"] for one in each)
     assert result["median"] == values[1]
     assert result["value"] == result["best"] == values[2]
+    assert result["spread"] == values[2] - values[0]
     assert result["all"] == [
         {key: one[key] for key in ("seed", "value", "metrics")} for one in each
     ]
@@ -232,9 +236,9 @@ def test_the_best_model_is_kept_and_patience_ends_the_training(
 def ended_after(monkeypatch, steps: int):
     """Let a signal come in the training's n-th step; returns what makes an end of that."""
     count = itertools.count(1)
-    flags = loop.signals.flags
-    monkeypatch.setattr(loop.signals, "flags", lambda _: [float(next(count) == steps), 0.0])
-    return lambda: monkeypatch.setattr(loop.signals, "flags", flags)
+    asked = loop.stop_code
+    monkeypatch.setattr(loop, "stop_code", lambda _: 143 * (next(count) == steps))
+    return lambda: monkeypatch.setattr(loop, "stop_code", asked)
 
 
 @pytest.mark.parametrize("step", [5, 6, 24])
@@ -250,7 +254,9 @@ def test_a_run_that_was_ended_goes_on_bit_for_bit(
         run(monkeypatch, *flags, "--output_dir", "cut")
     assert stopped.value.code == 143
     let_go_on()
-    assert sorted(path.name for path in Path("cut").iterdir()) == ["state"]
+    assert sorted(path.name for path in Path("cut").iterdir()) == ["state", "status.json"]
+    status = read_status(Path("cut"))
+    assert (status["state"], status["exit_code"]) == ("preempted", 143)
     with pytest.raises(ConfigError, match=r"params\.lr was 0\.001, is 0\.002; use"):
         run(monkeypatch, *flags, "--learning_rate", "2e-3", "--output_dir", "cut")
     capsys.readouterr()
@@ -259,6 +265,56 @@ def test_a_run_that_was_ended_goes_on_bit_for_bit(
     assert {**result, "wall_s": 0} == {**whole, "wall_s": 0}
     weights = [Path(out, "model.safetensors").read_bytes() for out in ("whole", "cut")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("moment", "found"),
+    [
+        (1, set()),  # behind a split that is read
+        (3, {"state", "status.json"}),  # in the evaluation after the first epoch
+        (4, {"state", "status.json"}),  # in the one after the second
+        (5, {"state", "status.json"}),  # while the test set is answered
+    ],
+)
+def test_a_signal_is_heard_outside_of_training_too(
+    pretrained: Path, root: Path, monkeypatch, moment: int, found: set[str]
+) -> None:
+    flags = ("--task_name", "sst2", "--num_train_epochs", "2", "--do_predict", "--output_dir")
+    asked, count = batches.end_if_asked, itertools.count(0)
+
+    def end(stop) -> None:
+        if next(count) == moment:
+            raise batches.Stopped(130)
+
+    whole = run(monkeypatch, *flags, "whole")
+    monkeypatch.setattr(batches, "end_if_asked", end)
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *flags, "cut")
+    assert stopped.value.code == 130
+    monkeypatch.setattr(batches, "end_if_asked", asked)
+    assert {path.name for path in Path().glob("cut/*")} == found
+    assert {**run(monkeypatch, *flags, "cut"), "wall_s": 0} == {**whole, "wall_s": 0}
+
+
+def test_a_signal_is_heard_between_tasks_and_seeds(
+    pretrained: Path, root: Path, monkeypatch
+) -> None:
+    run_task = experiment.run_task
+    asked: list[StopRequest] = []
+
+    def ask(args, task, model, out, stop, **options):
+        result = run_task(args, task, model, out, stop, **options)
+        stop.exit_code = 143
+        asked.append(stop)
+        return result
+
+    monkeypatch.setattr(experiment, "run_task", ask)
+    flags = ("--task_name", "glue", "--max_steps", "1", "--output_dir", "out")
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *flags)
+    assert (stopped.value.code, len(asked)) == (143, 1)
+    assert read_status(Path("out"))["state"] == "preempted"
+    assert not json.loads(Path("out/glue.json").read_text())["is_finished"]
 
 
 def test_an_ended_glue_run_keeps_what_it_has_finished(
@@ -277,6 +333,8 @@ def test_an_ended_glue_run_keeps_what_it_has_finished(
     assert "STS-B: seed 1 is finished in out/STS-B/seed_1" in printed
     assert Path("out/SST-2/result.json").stat().st_mtime_ns == finished
     assert json.loads(Path("out/glue.json").read_text())["is_finished"]
+    for folder in (Path("out"), Path("out/SST-2")):
+        assert read_status(folder)["state"] == "done"
     run(monkeypatch, *flags)  # the run is whole: everything anew
     assert Path("out/SST-2/result.json").stat().st_mtime_ns != finished
 
@@ -326,6 +384,50 @@ def test_other_settings_are_refused_before_a_finished_seed_is_trained_anew(
     assert Path("out/seed_1/model.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize(
+    ("flags", "changed"),
+    [
+        (("--task_name", "sst2", "--seeds", "1,2"), r"seed was 42, is \[1, 2\]"),
+        (("--task_name", "ax", "--model_name_or_path", "mnli"), "task was 'SST-2', is 'AX'"),
+    ],
+)
+def test_another_run_s_state_is_not_written_over(
+    pretrained: Path, root: Path, monkeypatch, flags: tuple[str, ...], changed: str
+) -> None:
+    once = ("--max_steps", "1", "--output_dir")
+    run(monkeypatch, "--task_name", "mnli", *once, "mnli")
+    let_go_on = ended_after(monkeypatch, 1)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--task_name", "sst2", *once, "out")
+    let_go_on()
+    with pytest.raises(ConfigError, match=rf"out/state is of a run with other .*{changed}.*never"):
+        run(monkeypatch, *flags, *once, "out")
+    assert manifest.is_complete(Path("out/state"))
+    run(monkeypatch, *flags, *once, "out", "--resume", "never")
+    assert not Path("out/state").exists()
+
+
+def test_a_kill_while_the_model_is_moved_costs_no_training(
+    pretrained: Path, root: Path, monkeypatch, capsys
+) -> None:
+    flags = ("--task_name", "sst2", "--max_steps", "2", "--output_dir")
+    whole = run(monkeypatch, *flags, "whole")
+
+    def die(folder: Path) -> None:
+        if (folder / ".completed").exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(output, "finish_replacement", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, *flags, "cut")
+    monkeypatch.undo()
+    monkeypatch.chdir(pretrained.parents[2])
+    capsys.readouterr()
+    cut = run(monkeypatch, *flags, "cut")
+    assert "going on from step 2" in capsys.readouterr().out
+    assert {**cut, "wall_s": 0} == {**whole, "wall_s": 0}
+
+
 def test_the_best_weights_are_not_replaced_by_others(
     pretrained: Path, root: Path, monkeypatch
 ) -> None:
@@ -354,6 +456,39 @@ def test_glue_looks_for_every_file_before_it_trains(
     assert not Path("runs/finetune").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("STS-B/dev.tsv", "sentence1\tsentence2\tscore\na\tb\thigh\n", "wanted a number in 'sc"),
+        ("MNLI/dev_mismatched.tsv", "sentence1\tsentence2\tgold_label\na\tb\n", "wanted 3 col"),
+        ("AX/ax.tsv", "index\tsentence1\n", "no column 'sentence2'"),
+    ],
+)
+def test_glue_reads_every_row_before_it_trains(
+    pretrained: Path, root: Path, monkeypatch, file: str, text: str, message: str
+) -> None:
+    write(root / file, text)
+    with pytest.raises(DataError, match=message):
+        run(monkeypatch, "--task_name", "glue", "--max_steps", "1", "--from_mnli")
+    assert not Path("runs/finetune").exists()
+
+
+def test_glue_looks_at_every_folder_before_it_trains(
+    pretrained: Path, root: Path, monkeypatch
+) -> None:
+    once = ("--max_steps", "1", "--output_dir")
+    let_go_on = ended_after(monkeypatch, 1)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--task_name", "mnli", *once, "out/MNLI")
+    let_go_on()
+    with pytest.raises(ConfigError, match=r"out/MNLI/state is of a run .*seed was 42, is 7"):
+        run(monkeypatch, "--task_name", "glue", "--seed", "7", *once, "out")
+    write(Path("out/AX/config.json"), "{}")
+    with pytest.raises(ConfigError, match="out/AX holds a model that fine-tuning did not write"):
+        run(monkeypatch, "--task_name", "glue", *once, "out")
+    assert [path.name for path in Path("out").iterdir() if path.name != "AX"] == ["MNLI"]
+
+
 def test_a_classifier_of_other_labels_is_new(
     pretrained: Path, root: Path, monkeypatch, capsys
 ) -> None:
@@ -374,6 +509,19 @@ def test_a_classifier_of_other_labels_is_new(
     first, again, other = (classifier(out) for out in ("first", "again", "other"))
     assert torch.allclose(first, again, atol=1e-6)
     assert not torch.allclose(first, other, atol=1e-3)
+
+
+def test_a_pooler_that_is_new_is_said(pretrained: Path, root: Path, monkeypatch, capsys) -> None:
+    flags = ("--task_name", "sst2", "--max_steps", "1")
+    run(monkeypatch, *flags)
+    assert "pooler" not in capsys.readouterr().out
+    weights = load_file(pretrained / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "pooler" not in name}
+    save_file(kept, pretrained / "model.safetensors")
+    (pretrained / "manifest.json").unlink()
+    run(monkeypatch, *flags, "--model_name_or_path", "runs/tiny/model_7")
+    said = "SST-2: the pooler is new: runs/tiny/model_7 has none\n"
+    assert said in capsys.readouterr().out
 
 
 def classifier(out: str) -> torch.Tensor:
@@ -528,6 +676,34 @@ def test_ax_needs_a_model_that_was_fine_tuned_on_mnli(
         run(monkeypatch, "--task_name", "ax", "--model_name_or_path", pretrained)
 
 
+FULL = "Logic\tPremise\tHypothesis\tLabel\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [("ax.tsv", "index\tsentence1\tsentence2\tlabel\n"), ("diagnostic-full.tsv", FULL)],
+)
+def test_ax_is_scored_where_it_has_labels(
+    pretrained: Path, root: Path, monkeypatch, capsys, name: str, header: str
+) -> None:
+    rows = [f"{i}\t{text}\ta soup\t" for i, (text, _) in enumerate(SENTENCES)]
+    labels = [("neutral", "entailment")[label] for _, label in SENTENCES]
+    labelled = [f"{row}{label}\n" for row, label in zip(rows, labels, strict=True)]
+    plain = "index\tsentence1\tsentence2\n" + "".join(f"{row[:-1]}\n" for row in rows)
+    write(root / "AX" / "ax.tsv", plain)
+    write(root / "AX" / name, header + "".join(labelled))
+    flags = ("--learning_rate", "3e-3", "--num_train_epochs", "40", "--output_dir")
+    run(monkeypatch, "--task_name", "mnli", *flags, "mnli")
+    model = ("--model_name_or_path", "mnli", "--output_dir", "ax")
+    result = run(monkeypatch, "--task_name", "ax", *model)
+    assert result["metrics"] == {"matthews": 1.0}
+    assert (result["value"], result["num_eval_samples"]) == (1.0, 16)
+    given = [line.split("\t")[1] for line in Path("ax/AX.tsv").read_text().splitlines()]
+    assert given == ["prediction", *labels]
+    assert "matthews" in capsys.readouterr().out
+    assert Path("ax/report.html").is_file()
+
+
 @pytest.mark.parametrize("suffix", ["tsv", "csv", "jsonl"])
 def test_own_data_in_each_format(pretrained: Path, monkeypatch, suffix: str) -> None:
     separator = {"tsv": "\t", "csv": ","}.get(suffix)
@@ -578,6 +754,25 @@ OWN = ("--train_file", "a.csv", "--dev_file", "b.csv", "--text_columns", "t", "-
         (["--task_name", "sst2", "--deepspeed_config", "x.json"], ConfigError, "x.json: no such"),
         (["--task_name", "sst2", "--batch_size", "0"], ConfigError, "whole numbers above 0, got 0"),
         (["--task_name", "sst2", "--weight_decay", "-1"], ConfigError, "weight_decay: wanted a"),
+        (["--task_name", "sst2", "--n_gpu", "-1"], ConfigError, "--n_gpu: wanted 0 .*, got -1"),
+        (
+            ["--task_name", "sst2", "--seed", "42", "--seeds", "1,2"],
+            ConfigError,
+            "--seeds: not allowed with argument --seed",
+        ),
+        (
+            ["--task_name", "sst2", "--model_name_or_path", ""],
+            ConfigError,
+            "--model_name_or_path: wanted a model's folder or name, got nothing",
+        ),
+        (["--task_name", "sst2", "--adam_epsilon", "0"], ConfigError, "--adam_epsilon: wanted ab"),
+        (
+            ["--task_name", "sst2", "--per_device_train_batch_size", "8"],
+            ConfigError,
+            "--per_device_train_batch_size: give --batch_size",
+        ),
+        (["--task_name", "sst2", "--do_train"], ConfigError, "--do_train: leave it out"),
+        (["--task_name", "sst2", "--do_eval", "true"], ConfigError, "--do_eval: leave it out"),
         (["--task_name", "sst2", "--seeds", "1,x"], ConfigError, "--seeds: wanted different"),
         (["--task_name", "sst2", "--seeds", "1, 1"], ConfigError, "--seeds: wanted different"),
         (["--task_name", "sst2", "--max_steps", "0"], ConfigError, "--max_steps: wanted 1 or more"),
@@ -653,26 +848,23 @@ def test_results_stand_beside_published_ones() -> None:
         "steps": 575,
         "seed": 1,
     }
-    several = {**result, "median_metrics": {"accuracy": 0.7, "f1": 0.75}, "all": [{}] * 5}
-    lines = glue.format_results([result, several], title="T").splitlines()
+    runs = [{"accuracy": 0.7, "f1": 0.75}, {"accuracy": 0.8, "f1": 0.9}, {"accuracy": 0.6, "f1": 0}]
+    several = {**result, "all": [{"metrics": metrics} for metrics in runs]}
+    ax = {**result, "task": "AX", "metrics": {}, "majority_baseline": None, "steps": 0}
+    lines = glue.format_results([result, several, ax], title="T").splitlines()
+    assert re.split("  +", lines[2].strip()) == [
+        *("task", "metrics", "median", "best", "spread", "majority class", "PaddleNLP"),
+        *("seeds", "steps"),
+    ]
+    assert lines[-3].split() == [
+        *("MRPC", "accuracy/f1", "80.00/90.00", "80.00/90.00", "-", "68.38", "88.24/91.67"),
+        *("1", "575"),
+    ]
     assert lines[-2].split() == [
-        "MRPC",
-        "accuracy/f1",
-        "80.00/90.00",
-        "68.38",
-        "88.24/91.67",
-        "1",
-        "575",
+        *("MRPC", "accuracy/f1", "70.00/75.00", "80.00/90.00", "20.00/90.00", "68.38"),
+        *("88.24/91.67", "3", "575"),
     ]
-    assert lines[-1].split() == [
-        "MRPC",
-        "accuracy/f1",
-        "70.00/75.00",
-        "68.38",
-        "88.24/91.67",
-        "5",
-        "575",
-    ]
+    assert re.split("  +", lines[-1]) == ["AX", "-", "predictions only", *4 * "-", "1", "0"]
 
 
 def test_the_page_of_all_tasks_has_each_metric_s_median_best_and_spread() -> None:
@@ -731,4 +923,5 @@ def test_a_run_that_diverged_saves_nothing(pretrained: Path, root: Path, monkeyp
             *("--task_name", "stsb", "--learning_rate", "1e30", "--num_train_epochs", "9"),
             *("--save_steps", "2", "--logging_steps", "100", "--output_dir", "out"),
         )
-    assert not list(Path().glob("out/*"))
+    assert [path.name for path in Path().glob("out/*")] == ["status.json"]
+    assert read_status(Path("out"))["state"] == "failed"

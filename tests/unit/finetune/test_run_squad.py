@@ -14,6 +14,7 @@ from zerobert.checkpoint import open_model, save_model
 from zerobert.config import BertConfig
 from zerobert.errors import CheckpointError, ConfigError, DataError
 from zerobert.model import BertForPreTraining
+from zerobert.tracking import read_status
 
 CONFIG = BertConfig(
     vocab_size=len(VOCAB),
@@ -79,17 +80,22 @@ def test_a_run_that_was_ended_goes_on_bit_for_bit(monkeypatch, capsys) -> None:
     flags = ("--num_train_epochs", "3", "--batch_size", "4")
     whole = run(monkeypatch, *flags, "--output_dir", "whole")
     assert whole["steps"] > 4
-    plain, asked = loop.signals.flags, iter(range(99))
-    monkeypatch.setattr(loop.signals, "flags", lambda _: [float(next(asked) == 3), 0.0])
+    plain, asked = loop.stop_code, iter(range(99))
+    monkeypatch.setattr(loop, "stop_code", lambda _: 143 * (next(asked) == 3))
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, *flags, "--output_dir", "cut")
     assert ended.value.code == 143
-    monkeypatch.setattr(loop.signals, "flags", plain)
+    monkeypatch.setattr(loop, "stop_code", plain)
     with pytest.raises(ConfigError, match="doc_stride was 32, is 40"):
         run(monkeypatch, *flags, "--output_dir", "cut", "--doc_stride", "40")
+    asked = ("--do_predict", "--model_name_or_path", "whole", "--output_dir", "cut")
+    with pytest.raises(ConfigError, match="cut/state is of a run with other settings"):
+        run(monkeypatch, *asked)
+    assert read_status(Path("cut"))["state"] == "failed"
     capsys.readouterr()
     cut = run(monkeypatch, *flags, "--output_dir", "cut")
     assert "SQuAD: going on from step 4" in capsys.readouterr().out
+    assert read_status(Path("cut"))["state"] == "done"
     assert {**cut, "wall_s": 0} == {**whole, "wall_s": 0}
     weights = [Path(out, "model.safetensors").read_bytes() for out in ("whole", "cut")]
     assert weights[0] == weights[1]
