@@ -105,12 +105,14 @@ class Experiment:
         flops = self.flops_per_sequence * self.sizes.global_samples
         data = f"epochs of {rows:,} sequences"
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        slow = slow_precision(device, engine.computes_in(self.config.deepspeed))
+        warning = engine.why_not_here(self.config.deepspeed) or slow_precision(
+            device, engine.computes_in(self.config.deepspeed)
+        )
         if self.steps is not None:
             data = f"{self.steps * self.sizes.global_samples / rows:.2f} {data}"
         return {
             "parameters": f"{self.parameters:,}",
-            **({"warning": slow} if slow else {}),
+            **({"warning": warning} if warning else {}),
             "processes": f"{ranks}, of {torch.get_num_threads()} CPU threads each",
             "batch": f"{self.sizes.global_samples} sequences = {self.sizes.micro_samples} x "
             f"{self.sizes.accumulation_steps} micro-steps x {ranks} processes",
@@ -143,7 +145,8 @@ def prepare(args: argparse.Namespace, *, micro_samples: int | None = None) -> Ex
     if eval_dir and not held_out:
         raise ConfigError(f"--eval_dir {eval_dir}: no HDF5 file with 'test' in its name there")
     _check_same_shape(training, held_out)
-    engine.check_device(config.deepspeed)
+    if args.auto_micro_batch or not args.dry_run:  # what is only printed may be for other devices
+        engine.check_device(config.deepspeed)
     held_out_folders = [Path(eval_dir)] if eval_dir else []
     tokenizer, inputs = _vocabulary(config, [*folders, *held_out_folders], training)
     model = config.model(len(tokenizer.vocab))
