@@ -1,8 +1,8 @@
 """What a pretraining step takes on GPUs that are not at hand: time, memory, and what limits it.
 
 Nothing is simulated: operations, bytes and messages are counted and divided by rates. Each rate is
-a data sheet's, times the share of it that was reached where it was measured. docs/scaling.md
-writes the model down and holds it against published runs.
+a data sheet's, times a share of it. docs/scaling.md writes the model down, says where the shares
+come from and holds it against published runs.
 
 Symbols: S sequence, H hidden, N heads, P predictions, V vocabulary, L layers.
 """
@@ -10,24 +10,26 @@ Symbols: S sequence, H hidden, N heads, P predictions, V vocabulary, L layers.
 import dataclasses
 import math
 
+from pretrain import footprint
 from zerobert.config import BertConfig
 from zerobert.errors import ConfigError
 from zerobert.model import training_flops_per_sequence
 
-# Of the peak, in products of BERT's own shapes: on one H100 measured rates of products and copies
-# bound base 128, base 512, large 128, large 512 at 6,350, 1,520, 2,040 and 490 sequences/s, which
-# beside the traffic counted here leaves 0.63, 0.63, 0.65 and 0.66 to the products. (8192 x 8192 x
-# 8192 reached 798 TFLOP/s of 989 there, copies 3.0 TB/s of 3.35.)
+# Of the peak, in products of BERT's own shapes. Not measured at them: one H100 ran products of
+# 8192 x 8192 x 8192 at 798 TFLOP/s of 989 and copies at 3.0 TB/s of 3.35, and the roofline of these
+# two bounds base 128, base 512, large 128 and large 512 at 6,350, 1,520, 2,040 and 490 sequences/s.
+# Beside the traffic counted here that leaves 0.63, 0.63, 0.65 and 0.66 to the products.
 MATMUL_SHARE = 0.64
 BANDWIDTH_SHARE = 0.90
+# The share of that roofline that a training reaches. 0.85 is the goal of 5,400, 1,290, 1,730 and
+# 420 sequences/s that was set for one H100, no measurement: put a measured one in its place.
+EFFICIENCY = 0.85
 # Not measured: what NCCL reaches of a link's rate in large messages.
 LINK_SHARE = 0.80
 # Of a device's memory; allocators round up and fragment, libraries and NCCL hold some.
 USABLE_MEMORY = 0.9
-# Bytes that the backward pass needs of a token, a layer and a hidden value, with attention fused.
-# Source: Korthikanti et al. 2022 (arXiv:2205.05198), section 4.1: 34 s b h.
-_KEPT_BYTES = 34
-_CHECKPOINTED_BYTES = 2  # the input of a layer alone
+# What products are computed in. tf32 is fp32 whose products round their factors to 10 bits.
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,8 @@ class Gpu:
 
     Attributes:
         matrix_flops: dense 16-bit peak, FLOP/s.
+        tf32_flops: dense peak in TF32; None without matrix units for it, nor for bf16.
+        fp32_flops: peak in fp32 proper, which is what torch computes in unless told otherwise.
         memory_bytes, bandwidth: of the device, bytes and bytes/s.
         per_machine: GPUs of a machine.
         link: bytes/s each way between a GPU and the others of its machine.
@@ -43,6 +47,8 @@ class Gpu:
     """
 
     matrix_flops: float
+    tf32_flops: float | None
+    fp32_flops: float
     memory_bytes: float
     bandwidth: float
     per_machine: int
@@ -54,6 +60,8 @@ class Gpu:
 GPUS = {
     "v100": Gpu(
         matrix_flops=125e12,
+        tf32_flops=None,
+        fp32_flops=15.7e12,
         memory_bytes=32e9,
         bandwidth=0.9e12,
         per_machine=16,
@@ -62,6 +70,8 @@ GPUS = {
     ),
     "a100": Gpu(
         matrix_flops=312e12,
+        tf32_flops=156e12,
+        fp32_flops=19.5e12,
         memory_bytes=80e9,
         bandwidth=2.039e12,
         per_machine=8,
@@ -70,6 +80,8 @@ GPUS = {
     ),
     "h100": Gpu(
         matrix_flops=989e12,
+        tf32_flops=494.5e12,
+        fp32_flops=67e12,
         memory_bytes=80e9,
         bandwidth=3.35e12,
         per_machine=8,
@@ -78,6 +90,8 @@ GPUS = {
     ),
     "h200": Gpu(
         matrix_flops=989e12,
+        tf32_flops=494.5e12,
+        fp32_flops=67e12,
         memory_bytes=141e9,
         bandwidth=4.8e12,
         per_machine=8,
@@ -86,6 +100,8 @@ GPUS = {
     ),
     "b200": Gpu(
         matrix_flops=2250e12,
+        tf32_flops=1125e12,
+        fp32_flops=75e12,
         memory_bytes=180e9,
         bandwidth=8.0e12,
         per_machine=8,
@@ -100,8 +116,8 @@ class Kernels:
     """How much a layer reads and writes beside its matrix products, forward and backward.
 
     Attributes:
-        widths: 16-bit values a token, in units of H.
-        scores: 16-bit values of each of the N x S attention scores of a token.
+        widths: values a token, in units of H.
+        scores: values of each of the N x S attention scores of a token.
     """
 
     widths: float
@@ -121,6 +137,9 @@ class Run:
     Attributes:
         num_gpus: in all.
         global_samples: sequences an optimizer step.
+        precision: one of `PRECISIONS`.
+        is_autocast: weights and gradients are kept and sent in fp32, products are in 16 bits.
+        efficiency: the share of the GPU's roofline that is reached.
         fill: the share of tokens that are no padding; what is left out is not computed.
         optimizer: `Lamb` or `AdamW`.
         overlaps: gradients are sent while the backward pass goes on.
@@ -133,11 +152,40 @@ class Run:
     seq_length: int
     max_predictions: int
     stage: int
+    precision: str = "fp16"
+    is_autocast: bool = False
+    efficiency: float = EFFICIENCY
     optimizer: str = "Lamb"
     fill: float = 1.0
     overlaps: bool = False
     is_checkpointed: bool = False
     kernels: Kernels = ZEROBERT
+
+    @property
+    def width(self) -> int:
+        """Bytes of an activation."""
+        return 2 if self.precision in ("bf16", "fp16") else 4
+
+    @property
+    def weights(self) -> str:
+        """What weights are kept in, and they and the gradients sent."""
+        return "fp32" if self.is_autocast or self.width == 4 else self.precision
+
+    @property
+    def peak_flops(self) -> float:
+        """The data sheet's rate of products in the run's precision.
+
+        Raises:
+            ConfigError: the GPU has no units for it.
+        """
+        if self.precision in ("tf32", "bf16") and self.gpu.tf32_flops is None:
+            raise ConfigError(
+                f"--gpu: this one has no matrix units for {self.precision}; choose --precision "
+                "fp16 or fp32, or another GPU"
+            )
+        tf32 = self.gpu.tf32_flops or 0.0
+        rates = {"fp32": self.gpu.fp32_flops, "tf32": tf32}
+        return rates.get(self.precision, self.gpu.matrix_flops)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,29 +226,23 @@ def num_parameters(model: BertConfig) -> int:
 
 
 def state_bytes(run: Run) -> float:
-    """Weights, gradients and the optimizer's state of a GPU, at the run's ZeRO stage.
-
-    Source: Rajbhandari et al. 2020 (arXiv:1910.02054), section 3.1: 2 + 2 + 12 bytes a parameter.
-    """
-    shared = run.num_gpus
-    weights = 2 / (shared if run.stage >= 3 else 1)
-    gradients = 2 / (shared if run.stage >= 2 else 1)
-    optimizer = 12 / (shared if run.stage >= 1 else 1)
-    return num_parameters(run.model) * (weights + gradients + optimizer)
+    """Weights, gradients and the optimizer's state of a GPU, at the run's ZeRO stage."""
+    return footprint.state_bytes(
+        num_parameters(run.model), precision=run.weights, stage=run.stage, ranks=run.num_gpus
+    )
 
 
 def sample_bytes(run: Run) -> float:
     """What the backward pass needs of a sequence."""
-    model = run.model
     tokens = run.seq_length * run.fill
-    a_layer = _CHECKPOINTED_BYTES if run.is_checkpointed else _KEPT_BYTES
-    layers = model.num_hidden_layers * a_layer * model.hidden_size * tokens
-    one_layer = _KEPT_BYTES * model.hidden_size * tokens if run.is_checkpointed else 0
-    scores = 0.0
-    if run.kernels.scores:  # 5 a s / h of the same source
-        scores = 5 * model.num_attention_heads * run.seq_length * tokens * model.num_hidden_layers
-    logits = 6 * run.max_predictions * model.vocab_size
-    return layers + one_layer + scores + logits
+    return footprint.activation_bytes(
+        run.model,
+        num_tokens=tokens,
+        max_predictions=run.max_predictions,
+        width=run.width,
+        is_checkpointed=run.is_checkpointed,
+        kept_scores=run.seq_length * tokens if run.kernels.scores else 0,
+    )
 
 
 def largest_micro_batch(run: Run) -> int:
@@ -212,8 +254,8 @@ def largest_micro_batch(run: Run) -> int:
     share, rest = divmod(run.global_samples, run.num_gpus)
     if rest or not share:
         raise ConfigError(
-            f"a global batch of {run.global_samples} can't be shared among {run.num_gpus} GPUs "
-            "evenly; change train_batch_size or --num_gpus"
+            f"--num_gpus {run.num_gpus} can't share a global batch of {run.global_samples:,} "
+            f"evenly; choose {_counts_that_divide(run)}, or another train_batch_size"
         )
     room = USABLE_MEMORY * run.gpu.memory_bytes - state_bytes(run)
     fitting = [n for n in range(1, share + 1) if share % n == 0 and n * sample_bytes(run) <= room]
@@ -225,6 +267,14 @@ def largest_micro_batch(run: Run) -> int:
             "checkpointing"
         )
     return max(fitting)
+
+
+def _counts_that_divide(run: Run) -> str:
+    """The nearest numbers of GPUs that share the batch evenly."""
+    asked, batch = run.num_gpus, run.global_samples
+    fewer = next(n for n in range(min(asked, batch), 0, -1) if batch % n == 0)
+    more = next((n for n in range(asked + 1, batch + 1) if batch % n == 0), None)
+    return f"{fewer}" if more is None else f"{fewer} or {more}"
 
 
 def sample_flops(run: Run) -> float:
@@ -245,18 +295,19 @@ def time_step(run: Run, micro_samples: int | None = None) -> Step:
     micro = micro_samples or largest_micro_batch(run)
     share = run.global_samples / run.num_gpus
     again = 4 / 3 if run.is_checkpointed else 1.0  # the forward pass is computed twice
-    matmul = again * sample_flops(run) / (MATMUL_SHARE * gpu.matrix_flops)
+    matmul = again * sample_flops(run) / (run.efficiency * MATMUL_SHARE * run.peak_flops)
     tokens = run.seq_length * run.fill
     widths = run.kernels.widths * model.hidden_size
     scores = run.kernels.scores * model.num_attention_heads * run.seq_length
-    moved = 2 * tokens * model.num_hidden_layers * (widths + scores)
-    moved += 2 * 5 * run.max_predictions * model.vocab_size
-    bandwidth = BANDWIDTH_SHARE * gpu.bandwidth
+    moved = run.width * tokens * model.num_hidden_layers * (widths + scores)
+    moved += run.width * 5 * run.max_predictions * model.vocab_size
+    bandwidth = run.efficiency * BANDWIDTH_SHARE * gpu.bandwidth
     memory = again * moved / bandwidth
     owned = num_parameters(model) / (run.num_gpus if run.stage >= 1 else 1)
     # Reads and writes of fp32 weights, moments and gradient, and the 16-bit weights: LAMB goes over
     # them twice, for the norms come between.
-    optimizer = owned * (42 if run.optimizer == "Lamb" else 30) / bandwidth
+    touched = (40 if run.optimizer == "Lamb" else 28) + (2 if run.weights != "fp32" else 0)
+    optimizer = owned * touched / bandwidth
     accumulation = math.ceil(share / micro)
     micro_s = micro * (matmul + memory)
     return Step(
@@ -271,7 +322,8 @@ def time_step(run: Run, micro_samples: int | None = None) -> Step:
 
 def _exposed_communication(run: Run, accumulation: int, micro_s: float) -> float:
     """Seconds of messages a step that the backward pass does not hide."""
-    half = _half_all_reduce_s(run, 2 * num_parameters(run.model))
+    sent_bytes = 4 if run.weights == "fp32" else 2
+    half = _half_all_reduce_s(run, sent_bytes * num_parameters(run.model))
     backward_s = 2 / 3 * micro_s
     hidden_s = backward_s if run.overlaps else 0.0
     if run.stage <= 1:  # gradients once a step; then they, or the new weights, come back
@@ -293,84 +345,8 @@ def _half_all_reduce_s(run: Run, num_bytes: float) -> float:
 
 
 def mfu(run: Run, step: Step) -> float:
-    """The share of the data sheet's peak; padding that is left out counts as computed."""
+    """The share of the data sheet's peak in the precision; padding left out counts as computed."""
     flops = run.global_samples * training_flops_per_sequence(
         run.model, run.seq_length, run.max_predictions
     )
-    return flops / (step.seconds * run.num_gpus * run.gpu.matrix_flops)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Published:
-    """A run that somebody published, and the model's figure for it.
-
-    Attributes:
-        unit: of both figures.
-    """
-
-    who: str
-    what: str
-    unit: str
-    published: float
-    modelled: float
-
-    @property
-    def error(self) -> float:
-        """How much more the model says."""
-        return self.modelled / self.published - 1
-
-
-def published_runs() -> list[Published]:
-    """Runs that nothing here was fitted on.
-
-    Source: NVIDIA DeepLearningExamples, PyTorch/LanguageModeling/BERT/README.md, DGX A100 80 GB;
-    DeepSpeed, docs/_tutorials/bert-pretraining.md. Micro-batches are NVIDIA's; DeepSpeed's runs are
-    compared by their speed-up over 16 GPUs, for what they were trained on is not public.
-    """
-    large = BertConfig.from_size({"size": "large", "vocab_size": 30528}, "large")
-    rows = []
-    for gpus, figure in ((1, 580.0), (8, 4591.0), (256, 138_294.0)):
-        run = Run(
-            model=large,
-            gpu=GPUS["a100"],
-            num_gpus=gpus,
-            global_samples=8192 * gpus if gpus < 256 else 65536,
-            seq_length=128,
-            max_predictions=20,
-            stage=0,
-            kernels=NVIDIA_2020,
-        )
-        step = time_step(run, micro_samples=256)
-        rate = run.global_samples / step.seconds
-        rows.append(_row("NVIDIA, A100", f"large 128 on {gpus}", "samples/s", figure, rate))
-    for length, masked, figure in ((128, 20, 272.0), (512, 80, 52.0)):
-        run = _deepspeed_run(large, 1, length, masked)
-        step = time_step(run, micro_samples=64 if length == 128 else 8)
-        rate = run.global_samples / step.seconds
-        rows.append(_row("DeepSpeed, V100", f"large {length} on 1", "samples/s", figure, rate))
-    base = 33 + 13 / 60
-    for gpus, hours in ((64, 8 + 41 / 60), (256, 144 / 60), (1024, 44 / 60)):
-        seconds = [
-            time_step(_deepspeed_run(large, n, 128, 20), micro_samples=64).seconds
-            for n in (16, gpus)
-        ]
-        what = f"large, speed-up from 16 to {gpus}"
-        rows.append(_row("DeepSpeed, V100", what, "x", base / hours, seconds[0] / seconds[1]))
-    return rows
-
-
-def _deepspeed_run(model: BertConfig, num_gpus: int, length: int, masked: int) -> Run:
-    return Run(
-        model=model,
-        gpu=GPUS["v100"],
-        num_gpus=num_gpus,
-        global_samples=65536,
-        seq_length=length,
-        max_predictions=masked,
-        stage=0,
-        kernels=DEEPSPEED_2020,
-    )
-
-
-def _row(who: str, what: str, unit: str, published: float, modelled: float) -> Published:
-    return Published(who=who, what=what, unit=unit, published=published, modelled=modelled)
+    return flops / (step.seconds * run.num_gpus * run.peak_flops)

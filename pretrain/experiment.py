@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from pretrain import config as pretrain_config
-from pretrain import loop, memory, preflight, report
+from pretrain import footprint, loop, memory, preflight, report
 from pretrain import state as run_state
 from pretrain.config import PretrainConfig
 from pretrain.data import StepLoader, evaluation_batches, fingerprint
-from pretrain.masking import Masking, masking_of
+from pretrain.masking import MASKED_LM_PROB, Masking, masking_of
 from pretrain.order import sample_order
 from pretrain.state import RunFolder, Saver, TrainState
 from zerobert import checkpoint, distributed, engine, kernels, manifest
@@ -34,7 +34,6 @@ from zerobert.tracking import code_version, open_tracker, read_status, write_sta
 from zerobert.training_state import StateReader
 
 _WEIGHT_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_MASKED_LM_PROB = 0.15  # Devlin et al. 2018, BERT
 # Without gradients several micro-batches fit where one did.
 _EVAL_MICRO_BATCHES = 4
 
@@ -82,19 +81,25 @@ class Experiment:
 
     @property
     def state_bytes(self) -> float:
-        """What weights, gradients and optimizer hold on each rank.
+        """What weights, gradients and optimizer hold on each rank."""
+        return footprint.state_bytes(
+            self.parameters,
+            precision=engine.precision(self.config.deepspeed),
+            stage=self.config.deepspeed.get("zero_optimization", {}).get("stage", 0),
+            ranks=distributed.world_size(),
+        )
 
-        Weights and gradients in the precision of the forward pass, fp32 masters beside 16 bits, and
-        two fp32 moments; the last two are sharded from stage 1 on, gradients from stage 2, weights
-        at stage 3.
-        """
-        stage = self.config.deepspeed.get("zero_optimization", {}).get("stage", 0)
-        width = 4 if engine.precision(self.config.deepspeed) == "fp32" else 2
-        ranks = distributed.world_size()
-        optimizer = (8 + (4 if width == 2 else 0)) / (ranks if stage >= 1 else 1)
-        gradients = width / (ranks if stage >= 2 else 1)
-        weights = width / (ranks if stage >= 3 else 1)
-        return self.parameters * (optimizer + gradients + weights)
+    @property
+    def micro_batch_bytes(self) -> float:
+        """What the backward pass needs of a micro-batch without padding."""
+        sample = footprint.activation_bytes(
+            self.folder.model,
+            num_tokens=self.training[0].seq_length,
+            max_predictions=self.max_predictions,
+            width=4 if engine.computes_in(self.config.deepspeed) == "fp32" else 2,
+            is_checkpointed=self.config.bert.kernels.activation_checkpointing,
+        )
+        return self.sizes.micro_samples * sample
 
     def facts(self) -> dict[str, str]:
         """The size of the undertaking, for `--dry_run` and the first lines of a run."""
@@ -105,12 +110,14 @@ class Experiment:
         flops = self.flops_per_sequence * self.sizes.global_samples
         data = f"epochs of {rows:,} sequences"
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        slow = slow_precision(device, engine.computes_in(self.config.deepspeed))
+        warning = engine.why_not_here(self.config.deepspeed) or slow_precision(
+            device, engine.computes_in(self.config.deepspeed)
+        )
         if self.steps is not None:
             data = f"{self.steps * self.sizes.global_samples / rows:.2f} {data}"
         return {
             "parameters": f"{self.parameters:,}",
-            **({"warning": slow} if slow else {}),
+            **({"warning": warning} if warning else {}),
             "processes": f"{ranks}, of {torch.get_num_threads()} CPU threads each",
             "batch": f"{self.sizes.global_samples} sequences = {self.sizes.micro_samples} x "
             f"{self.sizes.accumulation_steps} micro-steps x {ranks} processes",
@@ -118,6 +125,8 @@ class Experiment:
             "learning rate": self.config.describe_rate(),
             "weights, gradients and optimizer": f"{self.state_bytes / 2**30:.2f} GiB a process, "
             f"ZeRO stage {stage}, {low}",
+            "a micro-batch": f"{self.micro_batch_bytes / 2**30:.2f} GiB beside them, with fused "
+            "attention",
             "FLOPs a step": f"{flops:.3g}",
         }
 
@@ -143,7 +152,8 @@ def prepare(args: argparse.Namespace, *, micro_samples: int | None = None) -> Ex
     if eval_dir and not held_out:
         raise ConfigError(f"--eval_dir {eval_dir}: no HDF5 file with 'test' in its name there")
     _check_same_shape(training, held_out)
-    engine.check_device(config.deepspeed)
+    if args.auto_micro_batch or not args.dry_run:  # what is only printed may be for other devices
+        engine.check_device(config.deepspeed)
     held_out_folders = [Path(eval_dir)] if eval_dir else []
     tokenizer, inputs = _vocabulary(config, [*folders, *held_out_folders], training)
     model = config.model(len(tokenizer.vocab))
@@ -264,7 +274,7 @@ def _masking(
     return masking_of(
         tokenizer,
         seed=config.bert.run.seed,
-        masked_lm_prob=data.masked_lm_prob or _MASKED_LM_PROB,
+        masked_lm_prob=data.masked_lm_prob or MASKED_LM_PROB,
         seq_length=seq_length,
         whole_word_mask=data.whole_word_mask,
     )
@@ -277,7 +287,7 @@ def _masking_identity(config: PretrainConfig) -> dict[str, Any]:
         return {"masking": "static"}
     return {
         "masking": "dynamic",
-        "masked_lm_prob": data.masked_lm_prob or _MASKED_LM_PROB,
+        "masked_lm_prob": data.masked_lm_prob or MASKED_LM_PROB,
         "whole_word_mask": data.whole_word_mask,
     }
 

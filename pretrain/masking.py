@@ -16,6 +16,7 @@ import numpy.typing as npt
 from zerobert.tokenizer import CONTINUATION, WordPieceTokenizer
 
 Array = npt.NDArray[Any]
+MASKED_LM_PROB = 0.15  # Source: Devlin et al. 2018, BERT, section 3.1
 _PURPOSE_MASKS = 4
 _WORDS_A_COUNT = 4  # Philox gives four 64-bit words for each count
 # Source: Devlin et al. 2018, BERT, section 3.1: 80 % [MASK], 10 % any word, 10 % as it was.

@@ -11,7 +11,9 @@ import dataclasses
 import math
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -20,15 +22,19 @@ from zerobert.launcher import choose_accelerator
 
 choose_accelerator(os.environ)  # before DeepSpeed looks for one, and says so
 
-from pretrain import config, cost  # noqa: E402
+from pretrain import config, cost, masking  # noqa: E402
 from pretrain.run import parse_args  # noqa: E402
-from zerobert.config import BertConfig  # noqa: E402
+from zerobert import engine  # noqa: E402
+from zerobert.config import SIZES, BertConfig  # noqa: E402
 from zerobert.ds_config import batch_sizes  # noqa: E402
 from zerobert.errors import ArgumentParser, ConfigError, run_script  # noqa: E402
 from zerobert.page import Table, format_table  # noqa: E402
 
 _JSON = config.REPOSITORY / "ds_configs" / "bert_large_phase1.json"
 _VOCAB_SIZE = 30522
+_SEQ_LENGTH = 128
+# What the shards of the two usual lengths ask for. Source: Devlin et al. 2018's data scripts.
+_PREDICTIONS = {128: 20, 512: 80}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,15 +47,23 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--deepspeed_config", metavar="JSON", default=str(_JSON))
     add("--model", metavar="SIZE", help="bert_base, bert_large, ... (default: the JSON's)")
+    add("--precision", choices=cost.PRECISIONS, help="default: the JSON's")
     add("--gpu", default="h100", help="v100, a100, h100, h200 or b200 (default: h100)")
     add("--num_gpus", type=int, default=8, help="default: 8")
     add("--gpus_per_machine", type=int, metavar="N", help="default: the maker's server's")
     add("--machine_gbit", type=float, metavar="X", help="all network adapters of a machine, Gbit/s")
-    add("--max_seq_length", type=int, default=128, help="of the shards (default: 128)")
-    add("--max_predictions_per_seq", type=int, metavar="N", help="default: 20, or 80 from 512 on")
+    add("--max_seq_length", type=int, metavar="N", help=f"of the shards (default: {_SEQ_LENGTH})")
+    add("--max_predictions_per_seq", type=int, metavar="N", help="default: as rows are masked")
     add("--vocab_size", type=int, default=_VOCAB_SIZE, help=f"default: {_VOCAB_SIZE}")
     add("--fill", type=float, default=1.0, help="share of tokens that are no padding (default: 1)")
-    add("--max_steps", type=int, help="default: the JSON's")
+    add(
+        "--efficiency",
+        type=float,
+        default=cost.EFFICIENCY,
+        metavar="X",
+        help=f"share of the GPU's roofline that is reached (default: {cost.EFFICIENCY}, a goal)",
+    )
+    add("--max_steps", type=int, metavar="N", help="default: the JSON's")
     add("--price", type=float, metavar="X", help="of a GPU for an hour")
     return parser
 
@@ -67,16 +81,80 @@ def plan(args: argparse.Namespace) -> list[str]:
     Raises:
         ConfigError: a value is out of range, or the batch does not fit the GPUs.
     """
-    run, limits = _run(args)
+    _check(args)
+    experiment = _experiment(args)
+    run = _run(args, experiment)
     step = cost.time_step(run)
-    tables = [_assumed(run, args.gpu), _memory(run), _step(run, step)]
-    tables.append(_training(run, step, limits, args.price))
+    steps, untold = _limits(experiment, run)
+    tables = [
+        _assumed(run, args.gpu, _notes(args, run)),
+        _memory(run),
+        _step(run, step),
+        _training(run, step, (steps, experiment.bert.run.max_train_s), args.price, untold),
+    ]
     return [format_table(table) for table in tables]
 
 
-def _assumed(run: cost.Run, name: str) -> Table:
+def _check(args: argparse.Namespace) -> None:
+    """Numbers that no training has.
+
+    Raises:
+        ConfigError: names the flag.
+    """
+    for name in ("num_gpus", "max_seq_length", "max_predictions_per_seq", "max_steps"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ConfigError(f"--{name}: wanted 1 or more, got {value}")
+    for name in ("fill", "efficiency"):
+        if not 0 < getattr(args, name) <= 1:
+            raise ConfigError(f"--{name}: wanted above 0, at most 1, got {getattr(args, name):g}")
+    for name in ("gpus_per_machine", "machine_gbit"):
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
+            raise ConfigError(f"--{name}: wanted above 0, got {value}")
+    if args.price is not None and not 0 <= args.price < math.inf:
+        raise ConfigError(f"--price: wanted a number from 0 on, got {args.price:g}")
+
+
+def _experiment(args: argparse.Namespace) -> config.PretrainConfig:
+    """The recipe, with the flags that a training has too.
+
+    Raises:
+        ConfigError: it can't be served, or has parts that the model of cost does not know.
+    """
+    flags = ["--deepspeed_config", str(args.deepspeed_config)]
+    if args.precision is not None:
+        flags += ["--precision", "fp32" if args.precision == "tf32" else args.precision]
+    if args.max_steps is not None:
+        flags += ["--max_steps", str(args.max_steps)]
+    experiment = config.resolve(parse_args(flags))
+    zero = experiment.deepspeed.get("zero_optimization", {})
+    for name in ("offload_optimizer", "offload_param"):
+        if zero.get(name, {}).get("device", "none") != "none":
+            raise ConfigError(
+                f"zero_optimization.{name}: a plan does not know the time and memory of a CPU; "
+                "remove it from a copy of the JSON, and read the plan as a bound of the speed"
+            )
+    return experiment
+
+
+def _notes(args: argparse.Namespace, run: cost.Run) -> list[tuple[str, str]]:
+    """What was assumed for want of a flag."""
+    notes = []
+    if args.max_seq_length is None:
+        notes.append(
+            (
+                "length",
+                f"{run.seq_length} is assumed: a JSON does not know its shards; --max_seq_length N",
+            )
+        )
+    if run.precision == "tf32":
+        notes.append(("TF32", "torch computes in it with TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 only"))
+    return notes
+
+
+def _assumed(run: cost.Run, name: str, notes: list[tuple[str, str]]) -> Table:
     gpu, model = run.gpu, run.model
     millions = cost.num_parameters(model) / 1e6
+    precision = f"{run.precision}, weights in fp32" if run.is_autocast else run.precision
     rows = [
         (
             "model",
@@ -87,28 +165,40 @@ def _assumed(run: cost.Run, name: str) -> Table:
             f"{run.seq_length} tokens, {100 * run.fill:g} % filled, {run.max_predictions} asked",
         ),
         ("GPUs", f"{run.num_gpus:,} x {name.lower()}, {gpu.per_machine} a machine"),
-        ("peak", f"{gpu.matrix_flops / 1e12:g} TFLOP/s, {gpu.bandwidth / 1e12:g} TB/s"),
+        ("precision", precision),
+        ("peak", f"{run.peak_flops / 1e12:g} TFLOP/s, {gpu.bandwidth / 1e12:g} TB/s"),
+        ("efficiency", f"{run.efficiency:g} of the roofline (--efficiency: one that you measured)"),
         ("links", f"GPU {gpu.link / 1e9:g} GB/s, machine {gpu.machine_link / 1e9:g} GB/s each way"),
         ("batch", f"{run.global_samples:,} sequences, {run.optimizer}, ZeRO stage {run.stage}"),
+        *notes,
     ]
     return Table(title="Assumed", header=("", "value"), rows=rows)
 
 
 def _memory(run: cost.Run) -> Table:
     rows = []
+    sample = cost.sample_bytes(run)
     for stage in range(4):
         other = dataclasses.replace(run, stage=stage)
-        states = f"{cost.state_bytes(other) / 1e9:.2f}"
+        states = cost.state_bytes(other)
         try:
             step = cost.time_step(other)
         except ConfigError:
-            rows.append((str(stage), states, "none fits", "-"))
+            rows.append((str(stage), f"{states / 1e9:.2f}", "none fits", "-", "-"))
             continue
+        total = states + step.micro_samples * sample
         rate = f"{run.global_samples / step.seconds:,.0f}"
-        rows.append((str(stage), states, f"{step.micro_samples:,}", rate))
-    header = ("ZeRO stage", "GB of states a GPU", "largest micro-batch", "sequences/s")
-    sample = cost.sample_bytes(run) / 1e6
-    return Table(title=f"Memory; a sequence takes {sample:.0f} MB", header=header, rows=rows)
+        micro = f"{step.micro_samples:,}"
+        rows.append((str(stage), f"{states / 1e9:.2f}", micro, f"{total / 1e9:.2f}", rate))
+    header = (
+        "ZeRO stage",
+        "GB of states a GPU",
+        "largest micro-batch",
+        "GB in all a GPU",
+        "sequences/s",
+    )
+    title = f"Memory; a sequence takes {sample / 1e6:.0f} MB"
+    return Table(title=title, header=header, rows=rows)
 
 
 def _step(run: cost.Run, step: cost.Step) -> Table:
@@ -128,7 +218,11 @@ def _step(run: cost.Run, step: cost.Step) -> Table:
 
 
 def _training(
-    run: cost.Run, step: cost.Step, limits: tuple[int | None, float | None], price: float | None
+    run: cost.Run,
+    step: cost.Step,
+    limits: tuple[int | None, float | None],
+    price: float | None,
+    untold: str | None,
 ) -> Table:
     steps, budget_s = limits
     rate = run.global_samples / step.seconds
@@ -137,6 +231,8 @@ def _training(
         ("MFU", f"{100 * cost.mfu(run, step):.1f} %"),
         ("limit", step.limit),
     ]
+    if untold is not None:
+        rows.append(("length", untold))
     seconds = math.inf if steps is None else steps * step.seconds
     if budget_s is not None and budget_s < seconds:
         seconds, steps = budget_s, int(budget_s / step.seconds)
@@ -150,48 +246,99 @@ def _training(
     return Table(title="Training", header=("", "value"), rows=rows)
 
 
-def _run(args: argparse.Namespace) -> tuple[cost.Run, tuple[int | None, float | None]]:
-    """The run, and its limits in steps and seconds."""
-    experiment = config.resolve(parse_args(["--deepspeed_config", str(args.deepspeed_config)]))
-    ds, asked = experiment.deepspeed, experiment.bert.run
-    model = experiment.model(args.vocab_size)
-    if args.model is not None:
-        size = args.model.lower().replace("-", "_").removeprefix("bert_").split("_")[0]
-        model = BertConfig.from_size({"size": size, "vocab_size": args.vocab_size}, "--model")
-    if args.num_gpus < 1:
-        raise ConfigError(f"--num_gpus: wanted 1 or more, got {args.num_gpus}")
-    if not 0 < args.fill <= 1:
-        raise ConfigError(f"--fill: wanted above 0, at most 1, got {args.fill:g}")
+def _run(args: argparse.Namespace, experiment: config.PretrainConfig) -> cost.Run:
+    ds, kernels = experiment.deepspeed, experiment.bert.kernels
+    model = _model(args, experiment)
+    length = args.max_seq_length or min(_SEQ_LENGTH, model.max_position_embeddings)
+    if length > model.max_position_embeddings:
+        raise ConfigError(
+            f"--max_seq_length: wanted at most the model's max_position_embeddings, "
+            f"{model.max_position_embeddings}, got {length}"
+        )
     zero = ds.get("zero_optimization", {})
     stage = zero.get("stage", 0)
-    length = args.max_seq_length
-    predictions = args.max_predictions_per_seq or (20 if length < 512 else 80)
-    # Its micro-batch is for some other GPU: what fits this one is found.
-    shared = {k: v for k, v in ds.items() if k == "train_batch_size"} or ds
+    computed = engine.computes_in(ds)
     run = cost.Run(
         model=model,
         gpu=_gpu(args),
         num_gpus=args.num_gpus,
-        global_samples=batch_sizes(shared, args.num_gpus).global_samples,
+        global_samples=_global_samples(ds, args.num_gpus),
         seq_length=length,
-        max_predictions=predictions,
+        max_predictions=_predictions(args, experiment.bert.data, length),
         stage=stage,
+        precision="tf32" if args.precision == "tf32" else computed,
+        is_autocast=computed != engine.precision(ds),
+        efficiency=args.efficiency,
         optimizer=experiment.optimizer.type,
         fill=args.fill,
         overlaps=zero.get("overlap_comm", stage == 3),
-        is_checkpointed=experiment.bert.kernels.activation_checkpointing,
+        is_checkpointed=kernels.activation_checkpointing,
     )
-    steps = args.max_steps or (asked.max_steps if (asked.max_steps or 0) > 0 else None)
-    return run, (steps, asked.max_train_s)
+    run.peak_flops  # noqa: B018 - refuses a precision that the GPU has no units for
+    return run
+
+
+def _model(args: argparse.Namespace, experiment: config.PretrainConfig) -> BertConfig:
+    """The JSON's architecture, or the one that `--model` names.
+
+    Raises:
+        ConfigError: no such name.
+    """
+    if args.model is None:
+        return experiment.model(args.vocab_size)
+    name = args.model.lower().replace("_", "-")
+    sizes = {f"bert-{size}": {"size": size} for size in SIZES} | config.KNOWN_NAMES
+    size = sizes.get(name) or sizes.get(f"bert-{name}")
+    if size is None:
+        known = ", ".join(f"bert_{size}" for size in SIZES)
+        raise ConfigError(
+            f"--model: wanted one of {known} or of {', '.join(config.KNOWN_NAMES)}, got "
+            f"{args.model!r}"
+        )
+    return BertConfig.from_size({**size, "vocab_size": args.vocab_size}, "--model")
+
+
+def _global_samples(ds: Mapping[str, Any], num_gpus: int) -> int:
+    """Sequences a step: a fixed number, or as many a GPU as the JSON says."""
+    total = ds.get("train_batch_size")
+    # The JSON's micro-batch is for some other GPU: what fits this one is found.
+    if total is not None:
+        return batch_sizes({"train_batch_size": total}, 1).global_samples
+    return batch_sizes(ds, num_gpus).global_samples
+
+
+def _predictions(args: argparse.Namespace, data: config.DataConfig, length: int) -> int:
+    """Masked words of a row: as asked, or as the recipe or the usual shards mask them."""
+    asked: int | None = args.max_predictions_per_seq
+    if asked is not None:
+        if asked > length:
+            raise ConfigError(
+                f"--max_predictions_per_seq: wanted at most --max_seq_length, {length}, got {asked}"
+            )
+        return asked
+    drawn = masking.num_predictions(length, data.masked_lm_prob or masking.MASKED_LM_PROB)
+    return drawn if data.masking == "dynamic" else _PREDICTIONS.get(length, drawn)
+
+
+def _limits(experiment: config.PretrainConfig, run: cost.Run) -> tuple[int | None, str | None]:
+    """The steps of the training, and what of its length is not known here."""
+    asked = experiment.bert.run
+    untold = None
+    if asked.num_train_epochs is not None:
+        untold = (
+            f"{asked.num_train_epochs:g} epochs end it too, of rows that are not known here: "
+            "--max_steps N"
+        )
+    counted = dataclasses.replace(asked, num_train_epochs=None)
+    if counted.max_steps is None and counted.max_samples is None:
+        return None, untold
+    return config.total_steps(counted, 0, run.global_samples), untold
 
 
 def _gpu(args: argparse.Namespace) -> cost.Gpu:
     if args.gpu.lower() not in cost.GPUS:
         raise ConfigError(f"--gpu: wanted one of {', '.join(cost.GPUS)}, got {args.gpu!r}")
     gpu = cost.GPUS[args.gpu.lower()]
-    for name in ("gpus_per_machine", "machine_gbit"):
-        if (value := getattr(args, name)) is not None and not value > 0:
-            raise ConfigError(f"--{name}: wanted above 0, got {value}")
     if args.gpus_per_machine is not None:
         gpu = dataclasses.replace(gpu, per_machine=args.gpus_per_machine)
     if args.machine_gbit is not None:

@@ -344,18 +344,27 @@ def _find_auto(value: Any, name: str) -> str | None:
     return name if value == "auto" else None
 
 
+def why_not_here(ds_config: Mapping[str, Any]) -> str | None:
+    """Why this machine can't compute in a configuration's precision, and what to ask for; None
+    where it can.
+    """
+    low = precision(ds_config)
+    accelerator = deepspeed.accelerator.get_accelerator()
+    if low == "fp16" and not accelerator.is_fp16_supported():
+        return "this device can't train in fp16; pass --precision bf16 or fp32"
+    if low == "bf16" and not accelerator.is_bf16_supported():
+        return "this device can't train in bf16; pass --precision fp16 or fp32"
+    return None
+
+
 def check_device(ds_config: Mapping[str, Any]) -> None:
     """Refuse a precision that this machine can't compute in.
 
     Raises:
         ConfigError: names the flag that chooses another.
     """
-    low = precision(ds_config)
-    accelerator = deepspeed.accelerator.get_accelerator()
-    if low == "fp16" and not accelerator.is_fp16_supported():
-        raise ConfigError("this device can't train in fp16; pass --precision bf16 or fp32")
-    if low == "bf16" and not accelerator.is_bf16_supported():
-        raise ConfigError("this device can't train in bf16; pass --precision fp16 or fp32")
+    if (reason := why_not_here(ds_config)) is not None:
+        raise ConfigError(reason)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

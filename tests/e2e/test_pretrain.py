@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from deepspeed.accelerator import get_accelerator
 
 from pretrain.order import sample_order
 from tests import toy_runs as toy
@@ -562,6 +563,23 @@ def test_dry_run_prints_the_plan_and_writes_nothing(data: Path, tmp_path: Path) 
     assert "FLOPs a step: " in done.stdout
     resolved = json.loads(done.stdout[: done.stdout.rindex("\n}") + 2])
     assert resolved["bert"]["model"]["vocab_size"] == len(toy.VOCAB)
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_says_what_this_device_can_t_train_in_and_a_training_is_refused(
+    data: Path, tmp_path: Path
+) -> None:
+    if get_accelerator().is_fp16_supported():
+        pytest.skip("needs a device that can't train in fp16")
+    command = toy.command(data, tmp_path / "out", "--precision", "fp16")
+    line = "this device can't train in fp16; pass --precision bf16 or fp32"
+    done = toy.run([*command, "--dry_run"])
+    assert done.returncode == 0, done.stderr
+    assert f"warning: {line}\n" in done.stdout
+    assert "parameters: " in done.stdout
+    for refused in (command, [*command, "--dry_run", "--auto_micro_batch"]):
+        done = toy.run(refused)
+        assert (done.returncode, done.stderr.strip()) == (2, f"error: {line}")
     assert not (tmp_path / "out").exists()
 
 
