@@ -9,7 +9,6 @@ and after the first steps must have the same weights.
 """
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -158,11 +157,10 @@ def run(arguments: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def tell(times: dict[str, list[float]], arguments: argparse.Namespace) -> str:
-    """The table. The overhead is the median of the rounds' own ratios."""
+    """The table; the overhead is the ratio of the medians."""
     rows = []
     for name, seconds in times.items():
-        ratios = [mine / bare for mine, bare in zip(seconds, times["bare loop"], strict=True)]
-        overhead = f"{100 * (statistics.median(ratios) - 1):+.1f} %"
+        overhead = f"{100 * (measure.ratio(seconds, times['bare loop']) - 1):+.1f} %"
         rows.append((name, measure.spread([1e3 * second for second in seconds]), overhead))
     batch = f"{arguments.accumulation} x {arguments.micro_batch} rows of {arguments.seq_length}"
     return f"## {arguments.size}, {batch}, {arguments.dtype}\n\n" + measure.table(

@@ -324,12 +324,11 @@ def score_both(
 
 
 def tell_rates(rates: dict[str, list[float]], arguments: argparse.Namespace, count: int) -> str:
-    """The table of speeds: the ratio is the median of the rounds' own."""
+    """The table of speeds; the ratio is that of the medians."""
     mine = rates["zerobert"]
     rows = []
     for name, other in rates.items():
-        ratio = statistics.median(a / b for a, b in zip(mine, other, strict=True))
-        rows.append((name, measure.spread(other), f"{ratio:.2f}"))
+        rows.append((name, measure.spread(other), f"{measure.ratio(mine, other):.2f}"))
     title = f"## Speed: {count:,} sentences, batches of {arguments.batch_size}"
     header = ("", "sentences/s", "zerobert / it")
     return f"{title}, {arguments.precision}\n\n" + measure.table(header, rows)

@@ -80,6 +80,11 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
+def ratio(mine: Sequence[float], other: Sequence[float]) -> float:
+    """Of the medians, as whoever divides the two figures of a table gets it."""
+    return median(mine) / median(other)
+
+
 def spread(values: Sequence[float]) -> str:
     """The median, with the least and the largest."""
     return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"

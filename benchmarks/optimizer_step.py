@@ -192,7 +192,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def tell(figures: dict[str, Any], arguments: argparse.Namespace) -> str:
-    """The table."""
+    """The table; its ratios are those of the medians."""
     num_bytes, bytes_per_s = FLOOR_BYTES * figures["num_elements"], figures["bytes_per_s"]
     floor_s = num_bytes / bytes_per_s
     seconds = {name: statistics.median(runs) for name, runs in figures["seconds"].items()}

@@ -29,11 +29,6 @@ def newest(name: str) -> tuple[dict[str, Any], str] | None:
     return json.loads(paths[-1].read_text(encoding="utf-8")), paths[-1].with_suffix(".md").name
 
 
-def ratio(mine: Sequence[float], other: Sequence[float]) -> float:
-    """Of the medians, as the two figures beside it show."""
-    return statistics.median(mine) / statistics.median(other)
-
-
 def data_preparation(figures: Mapping[str, Any]) -> Iterator[Row]:
     """CPU time of the shards of one file."""
     ours, nvidia = (figures["single_file"][name] for name in ("zerobert", "NVIDIA"))
@@ -57,7 +52,7 @@ def loader(figures: Mapping[str, Any]) -> Iterator[Row]:
             f"samples out of {layout} shards",
             f"{statistics.median(mine):,.0f} a second",
             f"NVIDIA's loader at its best: {statistics.median(best):,.0f}",
-            f"{ratio(mine, best):.0f}",
+            f"{measure.ratio(mine, best):.0f}",
         )
 
 
@@ -71,7 +66,7 @@ def train_step(figures: Mapping[str, Any], dtype: str) -> Iterator[Row]:
             f"training BERT-base in {dtype}, rows of 128 filled to 90 %",
             f"{statistics.median(mine):.2f} rows/s",
             f"{words}: {statistics.median(rates[name]):.2f}",
-            f"{ratio(mine, rates[name]):.2f}",
+            f"{measure.ratio(mine, rates[name]):.2f}",
         )
 
 
@@ -84,7 +79,7 @@ def optimizer_step(figures: Mapping[str, Any]) -> Iterator[Row]:
         "LAMB on BERT-base's parameters",
         f"{1e3 * statistics.median(mine):.0f} ms",
         f"the same in plain torch: {1e3 * statistics.median(other):,.0f} ms",
-        f"{ratio(other, mine):.0f}",
+        f"{measure.ratio(other, mine):.0f}",
     )
 
 
@@ -98,7 +93,7 @@ def finetuning(figures: Mapping[str, Any]) -> Iterator[Row]:
                 "fine-tuning on SST-2 in fp32",
                 f"{statistics.median(mine):.0f} sentences/s",
                 f"Hugging Face's {name}: {statistics.median(other):.0f}",
-                f"{ratio(mine, other):.1f}",
+                f"{measure.ratio(mine, other):.1f}",
             )
 
 

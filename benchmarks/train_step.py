@@ -412,7 +412,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def tell(figures: dict[str, Any], arguments: argparse.Namespace) -> str:
-    """The table."""
+    """The table; its ratios are those of the medians."""
     rates = {name: statistics.median(runs) for name, runs in figures["samples_per_s"].items()}
     floor, peak = figures["matmul_floor_samples_per_s"], figures["peak_flops"]
     roofline = figures["roofline_samples_per_s"]
@@ -423,7 +423,12 @@ def tell(figures: dict[str, Any], arguments: argparse.Namespace) -> str:
             (
                 name,
                 measure.spread(runs),
-                *(f"{rates[name] / rates[peer]:.2f}" if peer in rates else "-" for peer in PEERS),
+                *(
+                    f"{measure.ratio(runs, figures['samples_per_s'][peer]):.2f}"
+                    if peer in rates
+                    else "-"
+                    for peer in PEERS
+                ),
                 f"{rates[name] / floor:.0%}",
                 f"{rates[name] / roofline:.0%}",
                 mfu,

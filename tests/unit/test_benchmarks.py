@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import engine_overhead, gpu_all, loader, optimizer_step, readme, train_step
+from benchmarks import (
+    engine_overhead,
+    finetuning,
+    gpu_all,
+    loader,
+    optimizer_step,
+    readme,
+    train_step,
+)
 from tests.ranks import is_alive
 from zerobert.config import SIZES, BertConfig
 from zerobert.shards import check_values
@@ -33,7 +41,7 @@ STEP: dict[str, Any] = {
 
 
 def test_all_models_compute_the_same_before_they_are_timed() -> None:
-    arguments = argparse.Namespace(dtype="fp32", device="cpu", seq_length=128, compile=False)
+    arguments = argparse.Namespace(**STEP)
     failed: dict[str, str] = {}
     train_step.check_equal(CONFIG, arguments, failed)
     assert failed == {}
@@ -172,11 +180,16 @@ def test_the_readme_has_the_figures_of_the_newest_reports() -> None:
     assert text.count("](benchmarks/") >= 5
 
 
-def test_a_figure_is_the_median_of_the_rounds_ratios() -> None:
+def test_a_ratio_is_that_of_the_medians_beside_it() -> None:
     rates = {"zerobert": [10.0, 30.0, 22.0], "NVIDIA": [5.0, 10.0, 20.0]}
     figures = {"base 0.9": {"samples_per_s": {**rates, "Hugging Face sdpa": [1.0, 1.0, 1.0]}}}
     rows = list(readme.train_step(figures, dtype="fp32"))
     assert [row[1:] for row in rows] == [
         ("22.00 rows/s", "Hugging Face's BERT: 1.00", "22.00"),
-        ("22.00 rows/s", "NVIDIA's BERT: 10.00", "2.00"),
+        ("22.00 rows/s", "NVIDIA's BERT: 10.00", "2.20"),
     ]
+    arguments = argparse.Namespace(batch_size=32, precision="fp32", **STEP)
+    arguments.dtype = "fp32"
+    assert "| NVIDIA | 10.00 (5.00 to 20.00) | 2.20 |" in finetuning.tell_rates(rates, arguments, 9)
+    times = {"bare loop": rates["NVIDIA"], "engine, stage 1": rates["zerobert"]}
+    assert "| +120.0 % |" in engine_overhead.tell(times, arguments)
