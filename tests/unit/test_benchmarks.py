@@ -17,8 +17,11 @@ from benchmarks import (
     finetuning,
     gpu_all,
     loader,
+    measure,
     optimizer_step,
+    profile_step,
     readme,
+    real_run,
     train_step,
 )
 from tests.ranks import is_alive
@@ -37,6 +40,9 @@ STEP: dict[str, Any] = {
     "fill": 0.9,
     "rounds": 1,
     "steps": 1,
+    "dropout": None,
+    "kernels": [],
+    "only": None,
 }
 
 
@@ -51,11 +57,41 @@ def test_all_models_compute_the_same_before_they_are_timed() -> None:
 def test_every_contender_takes_steps(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(train_step.SIZES, "tiny", dataclasses.asdict(CONFIG))
     monkeypatch.setattr(train_step, "least_s", lambda work, device: 1.0)
-    figures = train_step.run(argparse.Namespace(**{**STEP, "dtype": dtype}))
+    kernels = [[("attention", "sdpa"), ("packing", False)]]
+    arguments = argparse.Namespace(**{**STEP, "dtype": dtype, "kernels": kernels, "rounds": 2})
+    first, figures = train_step.run(arguments)
+    assert len(first["samples_per_s"]["zerobert"]) == 1  # known before the last round
     assert figures["failed"] == {}
     assert set(figures["samples_per_s"]) == {
-        *("Hugging Face eager", "Hugging Face sdpa", "NVIDIA", "zerobert", "zerobert, padded")
+        *("Hugging Face eager", "Hugging Face sdpa", "NVIDIA", "zerobert", "zerobert, padded"),
+        "zerobert, attention=sdpa packing=false",
     }
+    assert all(len(rates) == 2 for rates in figures["samples_per_s"].values())
+    assert "| 235 x 128 x 384 |" in train_step.tell(figures, arguments)
+
+
+def test_each_shape_is_compiled_before_it_is_timed() -> None:
+    contender = train_step.Contender(
+        torch.nn.Linear(1, 1), torch.float32, masters=True, num_shapes=8
+    )
+    taken: list[int] = []
+    contender.step = lambda batches, device: taken.extend(map(len, batches))  # type: ignore
+    batches = [train_step.make_batch(CONFIG, 4, 128, fill, 0) for fill in (1.0, 1.0, 0.6, 0.6)]
+    assert len({contender.shape(batch) for batch in batches}) == 2
+    train_step.warm_up(contender, batches, torch.device("cpu"))
+    assert len(taken) == 2
+
+
+def test_the_contenders_that_are_asked_for() -> None:
+    arguments = argparse.Namespace(**{**STEP, "compile": True, "only": ["zerobert, compiled"]})
+    assert list(train_step.chosen(CONFIG, arguments)) == ["zerobert, compiled"]
+    arguments.only = ["nosuch"]
+    with pytest.raises(SystemExit, match="nosuch"):
+        train_step.chosen(CONFIG, arguments)
+    assert train_step.kernel_setting("compile=true") == ("compile", True)
+    for word in ("compile=sdpa", "attention=nosuch", "nosuch=true"):
+        with pytest.raises(argparse.ArgumentTypeError, match="should be"):
+            train_step.kernel_setting(word)
 
 
 def test_a_model_that_differs_or_fails_is_not_timed_but_the_others_are(
@@ -70,7 +106,7 @@ def test_a_model_that_differs_or_fails_is_not_timed_but_the_others_are(
     monkeypatch.setitem(train_step.SIZES, "tiny", dataclasses.asdict(CONFIG))
     monkeypatch.setattr(train_step, "least_s", lambda work, device: 1.0)
     arguments = argparse.Namespace(**STEP)
-    figures = train_step.run(arguments)
+    (figures,) = train_step.run(arguments)
     assert set(figures["samples_per_s"]) == {
         "Hugging Face eager",
         "Hugging Face sdpa",
@@ -103,8 +139,28 @@ def test_a_command_that_is_cut_off_takes_its_children_with_it(
     assert not is_alive(pid)
 
 
+def test_what_an_optimizer_calls_its_step_is_not_counted_beside_its_kernels() -> None:
+    event = argparse.Namespace(
+        device_type=torch.autograd.DeviceType.CUDA, self_device_time_total=2e6
+    )
+    assert profile_step.own_s(event, torch.device("cuda")) == 2
+    event.is_user_annotation = True
+    assert profile_step.own_s(event, torch.device("cuda")) == 0
+
+
+def test_shards_that_are_whole_are_not_prepared_again(tmp_path: Path) -> None:
+    shards = tmp_path / "shards" / "hdf5_it" / "real"
+    shards.mkdir(parents=True)
+    asked = argparse.Namespace(output_dir=tmp_path, text=[], workers=1, vocab_size=9, dupe_factor=1)
+    commands = real_run.Commands(limit_s=0)
+    with pytest.raises(real_run.TimeIsUpError):
+        real_run.prepare(commands, asked)
+    (shards / "manifest.json").write_text("{}")
+    real_run.prepare(commands, asked)
+
+
 def test_each_layer_norm_that_a_gpu_has_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = argparse.Namespace(dtype="bf16", device="cuda", compile=False)
+    arguments = argparse.Namespace(**{**STEP, "dtype": "bf16", "device": "cuda"})
     for has_both in (True, False):
         monkeypatch.setattr(train_step.layer_norm, "APEX_KERNEL", object() if has_both else None)
         monkeypatch.setattr(train_step.layer_norm, "HAS_TRITON", has_both)
@@ -122,10 +178,18 @@ def test_the_bytes_of_base_outside_of_products(dtype: str, width: int) -> None:
 
 
 def test_lambs_agree_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer_step.check_equal(CONFIG, torch.device("cpu"), [1000])
+    failed: dict[str, str] = {}
+    optimizer_step.check_equal(CONFIG, torch.device("cpu"), [1000], failed)
+    assert failed == {}
     monkeypatch.setattr(optimizer_step.lamb, "_square", lambda block: 1.0)
-    with pytest.raises(ValueError, match="weights of shape"):
-        optimizer_step.check_equal(CONFIG, torch.device("cpu"), [])
+    monkeypatch.setitem(optimizer_step.SIZES, "tiny", dataclasses.asdict(CONFIG))
+    asked = {"blocks": [], "deepspeed": False, **STEP}
+    (figures,) = optimizer_step.run(argparse.Namespace(**asked))
+    assert figures["failed"]["blocked"].startswith("ValueError: weights of shape")
+    assert "plain" in figures["seconds"]
+    said = optimizer_step.tell(figures, argparse.Namespace(**asked))
+    assert "| AdamW fused |" in said
+    assert "blocked failed: ValueError" in said
 
 
 @pytest.mark.parametrize("seq_length", [128, 512])
@@ -193,3 +257,31 @@ def test_a_ratio_is_that_of_the_medians_beside_it() -> None:
     assert "| NVIDIA | 10.00 (5.00 to 20.00) | 2.20 |" in finetuning.tell_rates(rates, arguments, 9)
     times = {"bare loop": rates["NVIDIA"], "engine, stage 1": rates["zerobert"]}
     assert "| +120.0 % |" in engine_overhead.tell(times, arguments)
+
+
+def test_a_peer_whose_gradients_differ_in_one_tensor_is_noticed() -> None:
+    wanted = {"a": torch.ones(4), "b": torch.ones(4, 2)}
+    filled_up = {**wanted, "a": torch.cat([wanted["a"], torch.zeros(4)])}
+    train_step.hold_against((1.0, filled_up), (1.0, wanted), "fp32")
+    swapped = {"a": torch.tensor([1.0, 1.0, 1.0, -1.0]), "b": wanted["b"]}  # of the same norm
+    with pytest.raises(ValueError, match="the gradient of a in fp32 is off by 1"):
+        train_step.hold_against((1.0, swapped), (1.0, wanted), "fp32")
+    with pytest.raises(ValueError, match=r"other parameters: \['c'\]"):
+        train_step.hold_against((1.0, {**wanted, "c": torch.zeros(1)}), (1.0, wanted), "fp32")
+
+
+def test_a_report_says_what_it_was_made_with_and_a_trial_run_overwrites_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "HERE", tmp_path / "real")
+    monkeypatch.setattr(measure, "QUICK", tmp_path / "quick")
+    what = {"title": "T", "command": "c", "sections": ["s"], "figures": {"f": 1}, "slug": "h"}
+    for is_quick in (False, True):
+        asked = argparse.Namespace(quick=is_quick, data_dir=Path("/home/me/glue"), rounds=3)
+        path = measure.write_report("theme", **what, arguments=asked)
+        assert path.parent == (measure.QUICK if is_quick else measure.HERE)
+        record = json.loads(path.with_suffix(".json").read_text())
+        assert record["arguments"] == {"quick": is_quick, "data_dir": "glue", "rounds": 3}
+        assert record["versions"]["torch"] == torch.__version__
+        assert f"torch {torch.__version__}, " in path.read_text()
+    assert measure.command("it.py", ["--data_dir", "/home/me/glue"]).endswith("--data_dir glue")
