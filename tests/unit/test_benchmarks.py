@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    bench,
     engine_overhead,
     finetuning,
     gpu_all,
@@ -137,6 +139,71 @@ def test_a_command_that_is_cut_off_takes_its_children_with_it(
     while is_alive(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not is_alive(pid)
+
+
+def test_a_part_ends_within_nine_minutes_and_judges_its_own_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = argparse.Namespace(
+        hardware="h100",
+        device="cuda",
+        quick=False,
+        precision=None,
+        glue_dir=Path("glue"),
+        text=[Path("text")],
+        output_dir=tmp_path,
+        model_name_or_path="model",
+    )
+    for device in ("cuda", "cpu"):
+        asked.device = device
+        for commands in gpu_all.parts(asked).values():
+            assert sum(command.limit_s for command in commands) <= gpu_all.PART_S
+            assert len({command.name for command in commands}) == len(commands)
+    assert gpu_all.PART_S + gpu_all.GRACE_S < 540
+
+    report = tmp_path / "reports" / "it_h100_202611.md"
+    report.parent.mkdir()
+    report.write_text("old")
+    os.utime(report, (0, 0))
+    monkeypatch.setattr(gpu_all, "HERE", report.parent)
+    write = f"import pathlib; pathlib.Path({str(report)!r}).write_text('new')"
+    commands = {
+        1: [gpu_all.python("fails", 20, "-c", "raise SystemExit(2)")],
+        2: [gpu_all.python("writes", 20, "-c", write)],
+        3: [gpu_all.python("goes_on", 20, "-c", "raise SystemExit(3)")],
+    }
+    monkeypatch.setattr(gpu_all, "parts", lambda arguments: commands)
+    out = tmp_path / "out"
+    flags = ["--output_dir", str(out), "--part"]
+    assert gpu_all.main([*flags, "1"]) == 1
+    assert not (out / report.name).exists()
+    assert gpu_all.main([*flags, "2"]) == 0
+    assert (out / report.name).read_text() == "new"
+    assert (out / "part2_writes.log").is_file()
+    assert gpu_all.main([*flags, "2", "3"]) == 3
+    for wrong in (["14"], ["1", "--only", "nosuch"]):
+        with pytest.raises(SystemExit):
+            gpu_all.main([*flags, *wrong])
+    said = capsys.readouterr().err
+    assert "--part 14: there are parts 1 to 3" in said
+    assert "--only nosuch: these parts have fails" in said
+
+
+@pytest.mark.parametrize("given", [[], ["--glue_dir", "glue", "--text", "text"]])
+def test_the_set_for_a_cpu_takes_a_quarter_of_an_hour(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: dict[str, float] = {}
+
+    def run(command: gpu_all.Command, folder: Path, limit_s: float) -> int:
+        taken[command.name] = limit_s
+        return 0
+
+    monkeypatch.setattr(bench, "run", run)
+    assert bench.main(["--output_dir", str(tmp_path), *given]) == 0
+    assert sum(taken.values()) <= 900
+    assert {"train_step_fp32", "train_step_bf16", "end_to_end", "engine_overhead"} <= taken.keys()
+    assert (taken.keys() >= {"finetuning", "data_preparation"}) == bool(given)
 
 
 def test_what_an_optimizer_calls_its_step_is_not_counted_beside_its_kernels() -> None:
