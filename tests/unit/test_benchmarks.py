@@ -311,6 +311,31 @@ def test_the_readme_has_the_figures_of_the_newest_reports() -> None:
     assert text.count("](benchmarks/") >= 5
 
 
+def test_the_newest_report_that_has_the_figures_is_told_on_any_hardware(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    reports: dict[str, dict[str, Any]] = {
+        "train_step_epyc2_bf16_128_202611": {"date": "2026-11-01", "base 0.9": 1},
+        "train_step_local_bf16_128_202612": {"date": "2026-12-01", "base 0.9": 2},
+        "train_step_local_fp32_128_202612": {"date": "2026-12-02", "base 0.9": 3},
+        "train_step_other_bf16_128_202612": {"date": "2026-12-03", "mini 0.9": 4},
+        "finetuning_it_202611": {"date": "2026-11-01"},
+        "finetuning_it_202612": {"date": "2026-12-01", "arguments": {"precision": "bf16"}},
+    }
+    for name, figures in reports.items():
+        (tmp_path / "benchmarks" / f"{name}.json").write_text(json.dumps(figures))
+    found = readme.newest("train_step", {"base 0.9": None, "dtype": "bf16"})
+    assert found is not None
+    assert found[1] == "train_step_local_bf16_128_202612.md"
+    assert found[0]["base 0.9"] == 2
+    found = readme.newest("finetuning", {"precision": "fp32"})
+    assert found is not None
+    assert found[1] == "finetuning_it_202611.md"
+    assert readme.newest("loader", {}) is None
+
+
 def test_a_ratio_is_that_of_the_medians_beside_it() -> None:
     rates = {"zerobert": [10.0, 30.0, 22.0], "NVIDIA": [5.0, 10.0, 20.0]}
     figures = {"base 0.9": {"samples_per_s": {**rates, "Hugging Face sdpa": [1.0, 1.0, 1.0]}}}
