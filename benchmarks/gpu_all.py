@@ -293,4 +293,6 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Where this is cut off itself, what it started must not go on beside what comes next.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("cut off"))
     sys.exit(main())

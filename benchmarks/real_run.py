@@ -209,7 +209,7 @@ def report(
         title="A real run: from text to scores",
         command=measure.command("real_run.py", words),
         sections=[
-            arguments.note,
+            *([arguments.note] if arguments.note else []),
             *facts,
             "## Pretraining\n\n" + measure.table(header, lines),
             f"## Fine-tuning, {seeds}: medians\n\n" + measure.table(columns, scores(results)),
