@@ -285,17 +285,15 @@ def main(words: Sequence[str] | None = None) -> None:
             print(f"{said}\n", flush=True)
             sections.append(said)
             figures |= found
-    flags = "--text TEXT --vocab_file VOCAB" if arguments.text else ""
-    flags += " --nvidia FOLDER" if arguments.nvidia else ""
-    flags += " --quick" if arguments.quick else ""
-    path = measure.write_report(
-        "data_preparation",
-        title="Data preparation",
-        command=" ".join(f"python benchmarks/data_preparation.py {flags}".split()),
-        sections=sections,
-        figures=figures,
-        slug=arguments.hardware,
-    )
+            path = measure.write_report(
+                "data_preparation",
+                title="Data preparation",
+                command=measure.command("data_preparation.py", words),
+                sections=sections,
+                figures=figures,
+                slug=arguments.hardware,
+                arguments=arguments,
+            )
     print(f"-> {path}")
 
 

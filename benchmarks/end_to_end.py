@@ -3,8 +3,9 @@
     python benchmarks/end_to_end.py --size base --precision bf16 fp16 --stage 0 1 2 3
 
 Shards of random rows are written once; every combination of stage and precision then runs as a
-process of its own, in turns. Before a figure is given, the losses of all stages of a precision are
-held against each other: the same rows in the same order train the same model.
+process of its own, in turns. Before a figure is given, the losses of a stage are held against those
+of the first one of its precision: the same rows in the same order train the same model. A run that
+fails does not end the others, and the report is written again after each.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,34 +110,51 @@ def check_equal(losses: dict[str, list[float]], precision: str) -> None:
             raise ValueError(f"{name}: a loss is {error:.1e} off that of {first}")
 
 
-def run(arguments: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Every combination's samples a second, share of waiting, and losses."""
+def run(
+    arguments: argparse.Namespace, failed: dict[str, str]
+) -> Iterator[dict[str, dict[str, list[float]]]]:
+    """Every combination's samples a second, share of waiting, and losses, after each run.
+
+    Args:
+        failed: combination -> why; those are added that fail or whose losses differ.
+    """
     found: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         data = Path(name, "data")
         data.mkdir()
         write_data(data, arguments)
         for number, precision in itertools.product(range(arguments.rounds), arguments.precision):
-            losses = {}
+            losses: dict[str, list[float]] = {}
             for stage in arguments.stage:
                 title = f"stage {stage}, {precision}"
                 print(f"round {number + 1} of {arguments.rounds}: {title}", file=sys.stderr)
                 folder = Path(name, f"{stage}_{precision}_{number}")
-                lines = train(
-                    data, folder, experiment(arguments, stage, precision), arguments.device
-                )
-                losses[title] = [line["train/loss"] for line in lines]
+                with measure.noting(title, failed):
+                    lines = train(
+                        data, folder, experiment(arguments, stage, precision), arguments.device
+                    )
+                    losses[title] = [line["train/loss"] for line in lines]
+                    check_equal(losses, precision)
+                if title in failed:
+                    losses.pop(title, None)
+                    continue
                 row = found.setdefault(title, {"samples_per_s": [], "data_wait": [], "loss": []})
                 late = lines[WARM_UP_LINES:] or lines
                 row["samples_per_s"] += [line["perf/samples_per_s"] for line in late]
                 row["data_wait"] += [line["perf/data_wait_frac"] for line in late]
                 row["loss"] = losses[title]
-            check_equal(losses, precision)
-    return found
+                yield found
 
 
-def tell(found: dict[str, dict[str, list[float]]], arguments: argparse.Namespace) -> str:
-    """The table."""
+def longest_wait(found: dict[str, dict[str, list[float]]]) -> float:
+    """The largest of the combinations' median shares of waiting for data."""
+    return max(measure.median(row["data_wait"]) for row in found.values())
+
+
+def tell(
+    found: dict[str, dict[str, list[float]]], failed: dict[str, str], arguments: argparse.Namespace
+) -> str:
+    """The table, of medians."""
     rows = [
         (
             name,
@@ -149,7 +167,11 @@ def tell(found: dict[str, dict[str, list[float]]], arguments: argparse.Namespace
     batch = f"{arguments.batch} rows of {arguments.seq_length} in micro-batches of "
     title = f"## {arguments.size}, {arguments.optimizer}, {batch}{arguments.micro_batch}"
     header = ("", "samples/s", "waiting for data", "last loss")
-    return f"{title}\n\n{measure.table(header, rows)}"
+    wait = f"The longest wait for data is {longest_wait(found):.2%} of the time"
+    if arguments.most_wait is not None:
+        wait += f"; at most {arguments.most_wait:.2%} is asked for"
+    lost = measure.tell_failed(failed)
+    return f"{title}\n\n{measure.table(header, rows)}\n\n{wait}.{lost}"
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -167,6 +189,11 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--steps", type=int, default=20)
     add("--rounds", type=int, default=1)
     add("--compile", action="store_true", help="kernels.compile, where the stage has it")
+    add(
+        "--most_wait",
+        type=float,
+        help="fail where a larger share of the time is lost to the loader",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--hardware", help="a word for the report's name; without it none is written")
     add("--quick", action="store_true", help="the smallest model, a few steps")
@@ -174,20 +201,37 @@ def main(words: Sequence[str] | None = None) -> None:
     if arguments.quick:
         arguments.size, arguments.batch, arguments.steps, arguments.rounds = "tiny", 16, 6, 1
         arguments.micro_batch = 8
-    found = run(arguments)
-    section = tell(found, arguments)
-    print(section)
-    if arguments.hardware:
-        flags = " ".join(sys.argv[1:] if words is None else words)
-        path = measure.write_report(
-            "end_to_end",
-            title="Pretraining, end to end",
-            command=f"python benchmarks/end_to_end.py {flags}".strip(),
-            sections=[f"torch {torch.__version__}, {torch.get_num_threads()} threads.", section],
-            figures=found,
-            slug=arguments.hardware,
-        )
-        print(f"-> {path}")
+    failed: dict[str, str] = {}
+    found: dict[str, dict[str, list[float]]] = {}
+    for found in run(arguments, failed):
+        if arguments.hardware:
+            write(found, failed, arguments, words)
+    if not found:
+        raise SystemExit(f"nothing ran: {failed}")
+    print(tell(found, failed, arguments))
+    if arguments.hardware:  # with what failed last
+        write(found, failed, arguments, words)
+    too_long = arguments.most_wait is not None and longest_wait(found) > arguments.most_wait
+    if failed or too_long:
+        sys.exit(1)
+
+
+def write(
+    found: dict[str, dict[str, list[float]]],
+    failed: dict[str, str],
+    arguments: argparse.Namespace,
+    words: Sequence[str] | None,
+) -> None:
+    """The report."""
+    measure.write_report(
+        "end_to_end",
+        title="Pretraining, end to end",
+        command=measure.command("end_to_end.py", words),
+        sections=[tell(found, failed, arguments)],
+        figures={**found, "failed": failed},
+        slug=arguments.hardware,
+        arguments=arguments,
+    )
 
 
 if __name__ == "__main__":

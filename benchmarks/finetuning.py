@@ -7,7 +7,7 @@ The Trainer's batches are drawn at random and padded to their longest sentence (
 with `--pad_to_max_length False`) or all to `--max_seq_length` (its default); ours are of sentences
 of like length, without the padding that is left. Before anything is timed both models give the
 same loss on the same batch. With `--seeds` each trains `--num_train_epochs` from each seed, and the
-scores on the dev set stand side by side.
+scores on the dev set stand side by side. Where transformers is not installed ours runs alone.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +42,7 @@ from zerobert.schedule import ScheduleConfig  # noqa: E402
 
 WARMUP, DECAY, EPSILON, CLIP = 0.1, 0.01, 1e-6, 1.0
 LOSS_TOLERANCE = 1e-4
+QUICK_SENTENCES = 128
 
 
 class NobodyStops:
@@ -168,6 +168,8 @@ class Theirs(Side):
         width: int | None = None,
     ) -> None:
         super().__init__(prepared, arguments, seed)
+        import transformers
+
         transformers.set_seed(seed)
         config = transformers.AutoConfig.from_pretrained(
             prepared.folder.path, num_labels=prepared.task.num_outputs
@@ -189,8 +191,10 @@ class Theirs(Side):
         }
         return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
 
-    def trainer(self, split: Encoded | None, epochs: float, folder: str) -> transformers.Trainer:
+    def trainer(self, split: Encoded | None, epochs: float, folder: str) -> Any:
         """The Trainer, with the settings of ours."""
+        import transformers
+
         steps = -(-len(split) // self.arguments.batch_size) * epochs if split else 0
         settings = transformers.TrainingArguments(
             output_dir=folder,
@@ -221,11 +225,11 @@ class Theirs(Side):
         """Train on a split, and return the seconds that its steps took."""
         with tempfile.TemporaryDirectory() as folder, no_group():
             trainer = self.trainer(split, epochs, folder)
-            clock = Clock()
+            clock = new_clock()
             trainer.add_callback(clock)
             with contextlib.redirect_stdout(io.StringIO()):
                 trainer.train()
-        return clock.seconds
+        return float(clock.seconds)
 
     def answers(self, split: Encoded) -> Any:
         """The logits of a split."""
@@ -233,21 +237,37 @@ class Theirs(Side):
             return self.trainer(None, 1, folder).predict(Sentences(split)).predictions
 
 
-class Clock(transformers.TrainerCallback):
-    """The time from the first step's beginning to the last step's end."""
+def new_clock() -> Any:
+    """A Trainer's callback with the time from the first step's beginning to the last one's end."""
+    import transformers
 
-    def __init__(self) -> None:
-        self.started: float | None = None
-        self.seconds = 0.0
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
+    class Clock(transformers.TrainerCallback):
         """Called by the Trainer."""
-        self.started = self.started or time.perf_counter()
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Called by the Trainer."""
-        assert self.started is not None
-        self.seconds = time.perf_counter() - self.started
+        def __init__(self) -> None:
+            self.started: float | None = None
+            self.seconds = 0.0
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.started = self.started or time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            assert self.started is not None
+            self.seconds = time.perf_counter() - self.started
+
+    return Clock()
+
+
+def has_trainer() -> bool:
+    """Whether there is anyone to compare with; if so, it is told to be quiet."""
+    if importlib.util.find_spec("transformers") is None:
+        print("transformers is not installed: ours runs alone", file=sys.stderr)
+        return False
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return True
 
 
 def some(split: Encoded, number: int, seed: int) -> Encoded:
@@ -286,14 +306,15 @@ def check_equal(prepared: job.Job, arguments: argparse.Namespace, split: Encoded
 
 def time_both(
     prepared: job.Job, arguments: argparse.Namespace, split: Encoded
-) -> dict[str, list[float]]:
-    """Sentences a second of each, in turns; the first round is not counted."""
+) -> Iterator[dict[str, list[float]]]:
+    """Sentences a second of each, in turns, after some steps that are not timed; after each round
+    what is known.
+    """
     length = prepared.max_seq_length
-    sides: dict[str, Callable[[], Side]] = {
-        "zerobert": lambda: Ours(prepared, arguments, 1),
-        "Trainer, padded to the batch's longest": lambda: Theirs(prepared, arguments, 1),
-        f"Trainer, padded to {length}": lambda: Theirs(prepared, arguments, 1, length),
-    }
+    sides: dict[str, Callable[[], Side]] = {"zerobert": lambda: Ours(prepared, arguments, 1)}
+    if has_trainer():
+        sides["Trainer, padded to the batch's longest"] = lambda: Theirs(prepared, arguments, 1)
+        sides[f"Trainer, padded to {length}"] = lambda: Theirs(prepared, arguments, 1, length)
     rates: dict[str, list[float]] = {name: [] for name in sides}
     warm = some(split, 4 * arguments.batch_size, 1)
     for number in range(arguments.rounds):
@@ -302,18 +323,22 @@ def time_both(
             side.train(warm, 1)
             rates[name].append(len(split) / side.train(split, 1))
             print(f"round {number + 1}: {name}: {rates[name][-1]:.1f}", file=sys.stderr)
-    return rates
+        yield rates
 
 
 def score_both(
     prepared: job.Job, arguments: argparse.Namespace, split: Encoded, seeds: Sequence[int]
 ) -> Iterator[dict[str, list[dict[str, float]]]]:
     """The dev set's metrics of each, by seed, with the seconds of training; after every seed."""
-    task, dev = prepared.task, prepared.dev[0]
+    task = prepared.task
+    dev = some(prepared.dev[0], QUICK_SENTENCES if arguments.quick else 0, 1)
     assert dev.labels is not None
-    found: dict[str, list[dict[str, float]]] = {"zerobert": [], "Trainer": []}
+    kinds: dict[str, type[Side]] = {"zerobert": Ours}
+    if has_trainer():
+        kinds["Trainer"] = Theirs
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in kinds}
     for seed in seeds:
-        for name, kind in (("zerobert", Ours), ("Trainer", Theirs)):
+        for name, kind in kinds.items():
             side = kind(prepared, arguments, seed)
             seconds = side.train(split, arguments.num_train_epochs)
             given = metrics.answers(task, side.answers(dev))
@@ -324,12 +349,11 @@ def score_both(
 
 
 def tell_rates(rates: dict[str, list[float]], arguments: argparse.Namespace, count: int) -> str:
-    """The table of speeds: the ratio is the median of the rounds' own."""
+    """The table of speeds; the ratio is that of the medians."""
     mine = rates["zerobert"]
     rows = []
     for name, other in rates.items():
-        ratio = statistics.median(a / b for a, b in zip(mine, other, strict=True))
-        rows.append((name, measure.spread(other), f"{ratio:.2f}"))
+        rows.append((name, measure.spread(other), f"{measure.ratio(mine, other):.2f}"))
     title = f"## Speed: {count:,} sentences, batches of {arguments.batch_size}"
     header = ("", "sentences/s", "zerobert / it")
     return f"{title}, {arguments.precision}\n\n" + measure.table(header, rows)
@@ -389,10 +413,9 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--quick", action="store_true", help="few sentences, one round")
     arguments = parser.parse_args(words)
     if arguments.quick:
-        arguments.sentences, arguments.rounds = 128, 1
+        arguments.sentences = arguments.train_sentences = QUICK_SENTENCES
+        arguments.rounds, arguments.num_train_epochs = min(arguments.rounds, 1), 1.0
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
     task = find_task(arguments.task)
     init_distributed()
@@ -405,17 +428,19 @@ def main(words: Sequence[str] | None = None) -> None:
         do_predict=False,
     )
     assert prepared.train is not None
-    difference = check_equal(prepared, arguments, prepared.train)
-    sections = [
-        f"torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"{torch.get_num_threads()} threads. Before the first step the losses of one batch differ "
-        f"by {difference:.1e}."
-    ]
+    sections = ["transformers is not installed: ours alone."]
+    if has_trainer():
+        difference = check_equal(prepared, arguments, prepared.train)
+        sections = [f"Before the first step the losses of one batch differ by {difference:.1e}."]
     figures: dict[str, Any] = {}
+    command = measure.command("finetuning.py", words)
     if arguments.rounds:
         split = some(prepared.train, arguments.sentences, 1)
-        figures["sentences_per_s"] = time_both(prepared, arguments, split)
-        sections.append(tell_rates(figures["sentences_per_s"], arguments, len(split)))
+        before = list(sections)
+        for rates in time_both(prepared, arguments, split):
+            figures["sentences_per_s"] = rates
+            sections = [*before, tell_rates(rates, arguments, len(split))]
+            write(arguments, task, command, sections, figures)
     if arguments.seeds:
         split = some(prepared.train, arguments.train_sentences, 1)
         seeds = [int(word) for word in arguments.seeds.split(",")]
@@ -423,35 +448,29 @@ def main(words: Sequence[str] | None = None) -> None:
         for scores in score_both(prepared, arguments, split, seeds):
             figures["scores"] = scores
             sections = [*before, tell_scores(scores, task, arguments, len(split))]
-            write(arguments, task, sections, figures)  # after each seed: one takes minutes
+            write(arguments, task, command, sections, figures)
     print("\n\n".join(sections))
-    write(arguments, task, sections, figures)
     leave_distributed()
 
 
 def write(
-    arguments: argparse.Namespace, task: Task, sections: Sequence[str], figures: dict[str, Any]
+    arguments: argparse.Namespace,
+    task: Task,
+    command: str,
+    sections: Sequence[str],
+    figures: dict[str, Any],
 ) -> None:
     """The report, where there is a name for it."""
     if arguments.hardware:
-        flags = f"--task {arguments.task} --data_dir data/glue"
-        flags += f" --learning_rate {arguments.learning_rate:g} --precision {arguments.precision}"
-        flags += f" --rounds {arguments.rounds}"
-        if arguments.seeds:
-            flags += f" --seeds {arguments.seeds} --num_train_epochs {arguments.num_train_epochs:g}"
-        if arguments.rounds:
-            flags += f" --sentences {arguments.sentences}"
-        if arguments.train_sentences:
-            flags += f" --train_sentences {arguments.train_sentences}"
-        path = measure.write_report(
+        measure.write_report(
             "finetuning",
             title=f"Fine-tuning on {task.name} beside Hugging Face's Trainer",
-            command=f"python benchmarks/finetuning.py {flags}",
+            command=command,
             sections=sections,
-            figures=figures,
+            figures={"task": task.name, **figures},
             slug=arguments.hardware,
+            arguments=arguments,
         )
-        print(f"-> {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

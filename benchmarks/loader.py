@@ -260,8 +260,8 @@ def start_s(shard: ShardInfo) -> float:
     return time.perf_counter() - started
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Write the shards, check, and time all in turns."""
+def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Write the shards, check, and time all in turns; what is known after each round."""
     if arguments.input_dir:
         parts = [read_shard(shard.path) for shard in find_shards([arguments.input_dir], "training")]
         rows: Arrays = {name: np.concatenate([part[name] for part in parts]) for name in DTYPES}
@@ -283,7 +283,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                     clock(make, num_samples, torch.device(arguments.device))
                 )
             figures["start_s"].append(start_s(layouts["own"][0]))
-    return figures
+            yield figures
 
 
 def tell(figures: Mapping[str, Any]) -> list[str]:
@@ -345,20 +345,19 @@ def main(words: Sequence[str] | None = None) -> None:
     if arguments.quick:
         arguments.rows, arguments.rounds, arguments.samples = 4 * 3000, 1, 30_000
     torch.set_num_threads(1)
-    figures = run(arguments)
-    sections = tell(figures)
+    for figures in run(arguments):
+        sections = tell(figures)
+        if arguments.hardware:
+            measure.write_report(
+                "loader",
+                title="Loader",
+                command=measure.command("loader.py", words),
+                sections=[f"h5py {h5py.__version__}.", *sections],
+                figures=figures,
+                slug=arguments.hardware,
+                arguments=arguments,
+            )
     print("\n\n".join(sections))
-    if arguments.hardware:
-        flags = " ".join(sys.argv[1:] if words is None else words)
-        path = measure.write_report(
-            "loader",
-            title="Loader",
-            command=f"python benchmarks/loader.py {flags}".strip(),
-            sections=[f"torch {torch.__version__}, h5py {h5py.__version__}.", *sections],
-            figures=figures,
-            slug=arguments.hardware,
-        )
-        print(f"-> {path}")
 
 
 if __name__ == "__main__":

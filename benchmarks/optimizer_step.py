@@ -3,16 +3,19 @@
     python benchmarks/optimizer_step.py --size base large --device cuda --deepspeed
 
 All share weights and gradients, the kernels their moments too, and step in turns within one
-process. Before anything is timed, each LAMB of ours must reach plain's weights. On CUDA apex's
-fused optimizers are timed too where apex is installed, and DeepSpeed's where `--deepspeed` asks for
-them, which has them compiled.
+process. Before anything is timed, each LAMB of ours must reach plain's weights; one that fails does
+not end the others. On CUDA apex's fused optimizers are timed too where apex is installed, and
+DeepSpeed's where `--deepspeed` asks for them, which has them compiled. The report is written again
+after each round.
 """
 
 import argparse
+import functools
+import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import measure  # noqa: E402
 from zerobert.config import SIZES, BertConfig  # noqa: E402
+from zerobert.errors import ZerobertError  # noqa: E402
 from zerobert.kernels import lamb  # noqa: E402
 from zerobert.kernels.lamb import Pieces, Rates, Scaling  # noqa: E402
 from zerobert.model import BertForPreTraining  # noqa: E402
@@ -80,7 +84,7 @@ class Kernel:
         corrections = (1 - 0.9**self.steps, 1 - 0.999**self.steps)
         for group in self.groups:
             pieces, weight_decay = group["pieces"], group["weight_decay"]
-            rates = Rates(0.9, 0.999, 1e-6, weight_decay, *corrections)
+            rates = Rates(0.9, 0.999, 1e-6, weight_decay, *corrections, self.steps)
             scaling = Scaling(LR, adapts=weight_decay > 0)
             if self.is_local:
                 self.implementation.step_local(pieces, rates, scaling)
@@ -98,9 +102,14 @@ def own(device: torch.device, blocks: Sequence[int]) -> dict[str, Contender]:
         "plain": lambda groups: Kernel("plain", groups, local=True),
         "zerobert.optim.Lamb": lambda groups: Lamb(for_torch(groups), lr=LR),
     }
-    fast = "blocked" if device.type == "cpu" else "triton"
-    found[fast] = lambda groups: Kernel(fast, groups, local=True)
-    found[f"{fast}, two passes"] = lambda groups: Kernel(fast, groups, local=False)
+    for fast in ("blocked",) if device.type == "cpu" else ("triton", "apex"):
+        try:
+            lamb.choose(device, fast)
+        except ZerobertError as error:
+            print(f"{fast}: {error}", file=sys.stderr)
+            continue
+        for way, local in {fast: True, f"{fast}, two passes": False}.items():
+            found[way] = lambda groups, fast=fast, local=local: Kernel(fast, groups, local=local)
     for block in blocks:
         found[f"blocked, {block}"] = lambda groups, block=block: Kernel(
             "blocked", groups, local=True, block=block
@@ -133,26 +142,34 @@ def peers(device: torch.device, *, deepspeed: bool) -> dict[str, Contender]:
     return found
 
 
-def check_equal(config: BertConfig, device: torch.device, blocks: Sequence[int]) -> None:
+def check_equal(
+    config: BertConfig, device: torch.device, blocks: Sequence[int], failed: dict[str, str]
+) -> None:
     """Weights after some steps of each of ours.
 
-    Raises:
-        ValueError: one is further from plain's than sums in another order explain.
+    Args:
+        failed: contender -> why; those are added that fail, or are further from plain's than sums
+            in another order explain.
     """
-    wanted: list[Tensor] = []
-    for name, make in own(device, blocks).items():
-        groups = make_groups(config, device)
-        optimizer = make(groups)
-        for _ in range(STEPS_CHECKED):
-            optimizer.step()
-        got = [parameter.detach() for group in groups for parameter in group["params"]]
-        wanted = wanted or got
-        for mine, true in zip(got, wanted, strict=True):
-            error = ((mine - true).norm() / true.norm()).item()
-            if not error <= TOLERANCE:
-                raise ValueError(
-                    f"{name}: weights of shape {tuple(true.shape)} are {error:.1e} off plain's"
-                )
+    (_, plain), *others = own(device, blocks).items()
+    wanted = stepped(plain, config, device)
+    for name, make in others:
+        with measure.noting(name, failed):
+            for mine, true in zip(stepped(make, config, device), wanted, strict=True):
+                error = ((mine - true).norm() / true.norm()).item()
+                if not error <= TOLERANCE:
+                    raise ValueError(
+                        f"weights of shape {tuple(true.shape)} are {error:.1e} off plain's"
+                    )
+
+
+def stepped(make: Contender, config: BertConfig, device: torch.device) -> list[Tensor]:
+    """The weights after some steps."""
+    groups = make_groups(config, device)
+    optimizer = make(groups)
+    for _ in range(STEPS_CHECKED):
+        optimizer.step()
+    return [parameter.detach() for group in groups for parameter in group["params"]]
 
 
 def synchronize(device: torch.device) -> None:
@@ -161,48 +178,67 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time all contenders in turns, and a bare pass through memory among them."""
+def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Time all contenders in turns, and a bare pass through memory and a copy among them; what is
+    known after each round.
+    """
     device = torch.device(arguments.device)
     config = BertConfig(**SIZES[arguments.size])
-    check_equal(config, device, arguments.blocks)
-    print("weights are equal", file=sys.stderr)
+    failed: dict[str, str] = {}
+    check_equal(config, device, arguments.blocks, failed)
+    print(f"weights are equal, except: {failed or 'none'}", file=sys.stderr)
     groups = make_groups(config, device)
     num_elements = sum(parameter.numel() for group in groups for parameter in group["params"])
     makers = {
         **own(device, arguments.blocks),
         **peers(device, deepspeed=arguments.deepspeed),
     }
-    steps = {name: make(groups).step for name, make in makers.items()}
+    steps: dict[str, Callable[[], Any]] = {}
+    for name, make in makers.items():
+        if name not in failed:
+            with measure.noting(name, failed):
+                steps[name] = make(groups).step
     # In place, because a copy to elsewhere also reads what it overwrites on most CPUs.
     memory = torch.randn(num_elements, device=device)
     steps["pass"] = memory.neg_
+    steps["copy"] = functools.partial(torch.empty_like(memory).copy_, memory)
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(arguments.rounds + 1):
-        for name, step in steps.items():
-            synchronize(device)
-            started = time.perf_counter()
-            for _ in range(arguments.steps):
-                step()
-            synchronize(device)
-            times[name].append((time.perf_counter() - started) / arguments.steps)
-    times = {name: runs[1:] for name, runs in times.items()}
-    bytes_per_s = 2 * memory.nbytes / statistics.median(times.pop("pass"))
-    return {"num_elements": num_elements, "seconds": times, "bytes_per_s": bytes_per_s}
+    for number in range(arguments.rounds + 1):
+        for name, step in list(steps.items()):
+            with measure.noting(name, failed):
+                synchronize(device)
+                started = time.perf_counter()
+                for _ in range(arguments.steps):
+                    step()
+                synchronize(device)
+                times[name].append((time.perf_counter() - started) / arguments.steps)
+            if name in failed:
+                del steps[name], times[name]
+        if number:
+            seconds = {name: runs[1:] for name, runs in times.items()}
+            moved = 2 * memory.nbytes
+            yield {
+                "num_elements": num_elements,
+                "bytes_per_s": moved / statistics.median(seconds.pop("pass")),
+                "copy_bytes_per_s": moved / statistics.median(seconds.pop("copy")),
+                "seconds": seconds,
+                "failed": failed,
+            }
 
 
 def tell(figures: dict[str, Any], arguments: argparse.Namespace) -> str:
-    """The table."""
+    """The table; its ratios are those of the medians."""
     num_bytes, bytes_per_s = FLOOR_BYTES * figures["num_elements"], figures["bytes_per_s"]
     floor_s = num_bytes / bytes_per_s
     seconds = {name: statistics.median(runs) for name, runs in figures["seconds"].items()}
+    adamw = seconds.get("AdamW fused", math.nan)
     rows = [
         (
             name,
             measure.spread([1e3 * second for second in runs]),
             f"{num_bytes / seconds[name] / 1e9:.1f}",
             f"{seconds[name] / floor_s:.2f}",
-            f"{seconds[name] / seconds['AdamW fused']:.2f}",
+            f"{seconds[name] / adamw:.2f}",
             f"{seconds['plain'] / seconds[name]:.2f}",
         )
         for name, runs in figures["seconds"].items()
@@ -212,9 +248,11 @@ def tell(figures: dict[str, Any], arguments: argparse.Namespace) -> str:
         f"{figures['num_elements'] / 1e6:.1f} million parameters. The floor is the time in which "
         f"the {FLOOR_BYTES} bytes that no step can do without move at the "
         f"{bytes_per_s / 1e9:.1f} GB/s of a bare pass through memory in place: "
-        f"{1e3 * floor_s:.2f} ms. GB/s counts these bytes alone."
+        f"{1e3 * floor_s:.2f} ms. GB/s counts these bytes alone. A copy to elsewhere runs at "
+        f"{figures['copy_bytes_per_s'] / 1e9:.1f} GB/s, read and written."
     )
-    return f"## {arguments.size}\n\n{measure.table(header, rows)}\n\n{note}"
+    lost = measure.tell_failed(figures["failed"])
+    return f"## {arguments.size}\n\n{measure.table(header, rows)}\n\n{note}{lost}"
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -223,7 +261,7 @@ def main(words: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--size", nargs="+", choices=list(SIZES), default=["base", "large"])
     add("--rounds", type=int, default=7)
-    add("--steps", type=int, default=1, help="steps in a row of each contender")
+    add("--steps", type=int, help="in a row of each contender (default: 1; on CUDA 20)")
     add("--blocks", type=int, nargs="*", default=[], help="sizes of `blocked`'s blocks to compare")
     add("--deepspeed", action="store_true", help="DeepSpeed's fused optimizers; needs nvcc")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -232,23 +270,27 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     if arguments.quick:
         arguments.size, arguments.rounds = ["tiny"], 1
-    sections, figures = [], {}
+    if arguments.steps is None:  # one of a GPU's is over before the next is launched
+        arguments.steps = 20 if arguments.device.startswith("cuda") else 1
+    sections: dict[str, str] = {}
+    figures: dict[str, Any] = {}
     for size in arguments.size:
         one = argparse.Namespace(**{**vars(arguments), "size": size})
-        figures[size] = run(one)
-        sections.append(tell(figures[size], one))
-        print(f"{sections[-1]}\n", flush=True)
-    if arguments.hardware:
-        flags = " ".join(sys.argv[1:] if words is None else words)
-        path = measure.write_report(
-            "optimizer_step",
-            title="Optimizer step",
-            command=f"python benchmarks/optimizer_step.py {flags}".strip(),
-            sections=[f"torch {torch.__version__}, {torch.get_num_threads()} threads.", *sections],
-            figures=figures,
-            slug=arguments.hardware,
-        )
-        print(f"-> {path}")
+        for figures[size] in run(one):
+            sections[size] = tell(figures[size], one)
+            if arguments.hardware:
+                measure.write_report(
+                    "optimizer_step",
+                    title="Optimizer step",
+                    command=measure.command("optimizer_step.py", words),
+                    sections=list(sections.values()),
+                    figures=figures,
+                    slug=arguments.hardware,
+                    arguments=arguments,
+                )
+        print(f"{sections[size]}\n", flush=True)
+    if any(found["failed"] for found in figures.values()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Shapes: B batch, S sequence, H hidden, N heads, D head width, P predictions, R m
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,9 +72,23 @@ class NvidiaBert(nn.Module):
         self.nsp = nn.Linear(config.hidden_size, 2)
         padded = len(self.words) - config.vocab_size
         self.bias = nn.Parameter(F.pad(state["cls.predictions.bias"], (0, padded), value=-1e4))
-        self._take(state)
+        for name, module in self._pairs().items():
+            module.load_state_dict({kind: state[f"{name}.{kind}"] for kind in ("weight", "bias")})
 
-    def _take(self, state: dict[str, Tensor]) -> None:
+    def names(self) -> dict[str, str]:
+        """What its parameters are called in our model."""
+        ours: dict[Any, str] = {
+            self.words: "bert.embeddings.word_embeddings.weight",
+            self.positions: "bert.embeddings.position_embeddings.weight",
+            self.segments: "bert.embeddings.token_type_embeddings.weight",
+            self.bias: "cls.predictions.bias",
+        }
+        for name, module in self._pairs().items():
+            ours |= {getattr(module, kind): f"{name}.{kind}" for kind in ("weight", "bias")}
+        return {name: ours[parameter] for name, parameter in self.named_parameters()}
+
+    def _pairs(self) -> dict[str, nn.Module]:
+        """Our name of each module that has a weight and a bias."""
         pairs: dict[str, nn.Module] = {
             "bert.embeddings.LayerNorm": self.norm,
             "bert.pooler.dense": self.pooler,
@@ -93,8 +108,7 @@ class NvidiaBert(nn.Module):
                 f"{prefix}.output.dense": layer.out,
                 f"{prefix}.output.LayerNorm": layer.out_norm,
             }
-        for name, module in pairs.items():
-            module.load_state_dict({kind: state[f"{name}.{kind}"] for kind in ("weight", "bias")})
+        return pairs
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss, both parts as means."""

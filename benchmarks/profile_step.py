@@ -1,9 +1,10 @@
 """Where a training step's time goes: matrix products, attention, everything else, and idling.
 
-    python benchmarks/profile_step.py --size base --device cuda --layer_norm triton --compile
+    python benchmarks/profile_step.py --size base --device cuda --kernels compile=true
 
 Profiles steps of our model as `train_step.py` runs them, and counts the device's kernels by what
-they do. On CUDA what no kernel covers is idle time; on CPU the operators' own time is counted.
+they do. Kernels are chosen as in training; `--kernels` insists. On CUDA what no kernel covers is
+idle time; on CPU the operators' own time is counted.
 """
 
 import argparse
@@ -45,13 +46,13 @@ def category(name: str) -> str:
 def run(arguments: argparse.Namespace) -> tuple[dict[str, float], list[tuple[str, float]], float]:
     """Seconds a step by category, the longest kernels, and the wall time of a step."""
     config, device = BertConfig(**SIZES[arguments.size]), torch.device(arguments.device)
-    kernels = Kernels(layer_norm=arguments.layer_norm, compile=arguments.compile)
+    kernels = Kernels(**dict(arguments.kernels))
     torch.manual_seed(0)
     contender = train_step.Contender(
         train_step.Ours(BertForPreTraining(config, kernels)).to(device),
         train_step.DTYPES[arguments.dtype],
         masters=True,
-        packed=True,
+        num_shapes=kernels.num_shapes,
     )
     shape = (arguments.micro_batch, arguments.seq_length, 0.9)
     batches = [train_step.make_batch(config, *shape, seed) for seed in range(2)]
@@ -82,10 +83,14 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, float], list[tuple[str
 
 
 def own_s(event: Any, device: torch.device) -> float:
-    """The time of a kernel on CUDA, of an operator itself on CPU."""
+    """The time of a kernel on CUDA, of an operator itself on CPU.
+
+    What the optimizer calls its step appears among CUDA's events as well, as long as its kernels.
+    """
     if device.type == "cpu":
         return float(event.self_cpu_time_total) / 1e6
     is_kernel = event.device_type == torch.autograd.DeviceType.CUDA
+    is_kernel = is_kernel and not getattr(event, "is_user_annotation", False)  # torch >= 2.6
     return float(event.self_device_time_total) / 1e6 if is_kernel else 0.0
 
 
@@ -100,10 +105,12 @@ def tell(
         for name, seconds in {**spent, **idle}.items()
     ]
     names = [(f"`{name[:90]}`", f"{1e3 * seconds:.2f}") for name, seconds in longest]
+    kernels = "".join(f", {key}={value}".lower() for key, value in arguments.kernels)
+    what = f"{arguments.size}, {arguments.dtype}{kernels}"
     batch = f"2 x {arguments.micro_batch} rows of {arguments.seq_length}"
     return "\n\n".join(
         [
-            f"## {arguments.size}, {arguments.dtype}, {batch}: {1e3 * wall_s:.2f} ms a step",
+            f"## {what}, {batch}: {1e3 * wall_s:.2f} ms a step",
             measure.table(("", "ms", "share"), shares),
             measure.table(("the longest", "ms"), names),
         ]
@@ -119,8 +126,14 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--seq_length", type=int, choices=[128, 512], default=128)
     add("--micro_batch", type=int, default=64)
     add("--steps", type=int, default=5)
-    add("--layer_norm", default="torch")
-    add("--compile", action="store_true")
+    add(
+        "--kernels",
+        type=train_step.kernel_setting,
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of a configuration's `kernels`",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--hardware", help="a word for the report's name; without it none is written")
     add("--quick", action="store_true", help="the smallest model")
@@ -132,14 +145,14 @@ def main(words: Sequence[str] | None = None) -> None:
     section = tell(found, arguments)
     print(section)
     if arguments.hardware:
-        flags = " ".join(sys.argv[1:] if words is None else words)
         path = measure.write_report(
             "profile_step",
             title="Where a training step's time goes",
-            command=f"python benchmarks/profile_step.py {flags}".strip(),
-            sections=[f"torch {torch.__version__}.", section],
-            figures={"seconds": found[0], "wall_s": found[2]},
+            command=measure.command("profile_step.py", words),
+            sections=[section],
+            figures={"seconds": found[0], "longest": dict(found[1]), "wall_s": found[2]},
             slug=arguments.hardware,
+            arguments=arguments,
         )
         print(f"-> {path}")
 

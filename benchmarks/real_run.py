@@ -6,7 +6,8 @@
 Text, vocabulary, shards, pretraining, then fine-tuning from that model and from random weights of
 the same architecture. Each stage is the product's own command; what is done is not done again, and
 with `--limit_s` a call ends in time (by SIGTERM, which saves) and the next one goes on. The report
-has the curve, the speed and the scores.
+has the curve, the speed and the scores, as far as they are there: it is written when a call ends,
+after pretraining and after each task.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,13 @@ class Commands:
 def prepare(commands: Commands, arguments: argparse.Namespace) -> None:
     """Text, vocabulary and shards, where they are not there yet."""
     out: Path = arguments.output_dir
+    if any((out / "shards").glob("hdf5_*/*/manifest.json")):
+        return  # whole, and the product would read all of the text again to say so
+    workers = ("--workers", str(arguments.workers))
     prep = ROOT / "data_prep" / "__main__.py"
-    if not (out / "text" / "manifest.json").is_file() and not (out / "shards").is_dir():
-        commands.run(prep, "text", "--input", *arguments.text, "--output_dir", out / "text")
+    if not (out / "text" / "manifest.json").is_file():
+        text = ("--input", *arguments.text, "--output_dir", out / "text")
+        commands.run(prep, "text", *text, *workers)
     vocab = out / "vocab.txt"
     if not vocab.is_file():
         size = ("--vocab_size", str(arguments.vocab_size))
@@ -82,7 +87,7 @@ def prepare(commands: Commands, arguments: argparse.Namespace) -> None:
         *(prep, "shards", "--input_dir", out / "text", "--vocab_file", vocab),
         *("--output_dir", out / "shards", "--name", "real", "--no_nsp"),
         *("--n_training_shards", "16", "--n_test_shards", "1", "--fraction_test_set", "0.01"),
-        *("--dupe_factor", str(arguments.dupe_factor)),
+        *("--dupe_factor", str(arguments.dupe_factor), *workers),
     )
 
 
@@ -103,8 +108,8 @@ def pretrain(commands: Commands, arguments: argparse.Namespace) -> Path:
 
 def finetune(
     commands: Commands, arguments: argparse.Namespace, model: Path
-) -> dict[str, dict[str, Any]]:
-    """The result of each task from each start."""
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """The result of each task from each start, after each task."""
     found: dict[str, dict[str, Any]] = {}
     for task in arguments.tasks.split(","):
         for start, flags in STARTS.items():
@@ -120,7 +125,7 @@ def finetune(
                 )
             result = json.loads((out / "result.json").read_text(encoding="utf-8"))
             found.setdefault(task, {})[start] = result
-    return found
+        yield found
 
 
 def _flags(arguments: argparse.Namespace) -> tuple[str, ...]:
@@ -174,12 +179,14 @@ def _figure(result: Mapping[str, Any], metric: str) -> str:
     return f"{measure.median(values):.2f}{spread}"
 
 
-def report(arguments: argparse.Namespace, results: Mapping[str, Any]) -> Path:
+def report(
+    arguments: argparse.Namespace, results: Mapping[str, Any], words: Sequence[str] | None
+) -> None:
     """Write the report, with the run's page of curves beside it."""
     run: Path = arguments.output_dir / "run"
     rows = read_metrics(run / "metrics.jsonl")
     train = [row for row in rows if "train/mlm_loss" in row]
-    last = next(row for row in reversed(rows) if "eval/mlm_loss" in row)
+    held_out = [row for row in rows if "eval/mlm_loss" in row]
     rates = [row["perf/samples_per_s"] for row in train]
     shares = [row["perf/mfu"] for row in train if row.get("perf/mfu") is not None]
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
@@ -188,8 +195,11 @@ def report(arguments: argparse.Namespace, results: Mapping[str, Any]) -> Path:
         f"{train[-1]['elapsed_s'] / 60:.1f} minutes and {train[-1]['step']:,} steps: "
         f"{measure.median(rates):,.1f} sequences/s (median of the log's lines)"
         + (f", {100 * measure.median(shares):.1f} % of the peak." if shares else "."),
-        f"Held out, at the end: loss {last['eval/mlm_loss']:.4f}, "
-        f"{100 * last['eval/mlm_accuracy']:.2f} % of the masked words.",
+        *(
+            f"Held out, at the end: loss {last['eval/mlm_loss']:.4f}, "
+            f"{100 * last['eval/mlm_accuracy']:.2f} % of the masked words."
+            for last in held_out[-1:]
+        ),
     ]
     header, lines = curve(rows)
     seeds = f"seeds {arguments.seeds}, rate {arguments.learning_rate:g}, {arguments.precision}"
@@ -197,11 +207,9 @@ def report(arguments: argparse.Namespace, results: Mapping[str, Any]) -> Path:
     path = measure.write_report(
         "real_run",
         title="A real run: from text to scores",
-        command="python benchmarks/real_run.py "
-        f"--deepspeed_config ds_configs/{Path(arguments.deepspeed_config).name} "
-        f"--vocab_size {arguments.vocab_size} --dupe_factor {arguments.dupe_factor}",
+        command=measure.command("real_run.py", words),
         sections=[
-            arguments.note,
+            *([arguments.note] if arguments.note else []),
             *facts,
             "## Pretraining\n\n" + measure.table(header, lines),
             f"## Fine-tuning, {seeds}: medians\n\n" + measure.table(columns, scores(results)),
@@ -209,9 +217,10 @@ def report(arguments: argparse.Namespace, results: Mapping[str, Any]) -> Path:
         ],
         figures={"curve": train, "results": _without_paths(results), "config": config},
         slug=arguments.hardware,
+        arguments=arguments,
     )
-    shutil.copy2(run / "report.html", path.with_suffix(".html"))
-    return path
+    if (run / "report.html").is_file():
+        shutil.copy2(run / "report.html", path.with_suffix(".html"))
 
 
 def _without_paths(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,6 +244,8 @@ def main(words: Sequence[str] | None = None) -> int:
     add("--deepspeed_config", required=True)
     add("--vocab_size", type=int, default=30522)
     add("--dupe_factor", type=int, default=5)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    add("--workers", type=int, default=cores, help="of preparation (default: the usable cores)")
     add("--tasks", default=",".join(TASKS))
     add("--seeds", default="1,2,3")
     add("--learning_rate", type=float, default=5e-5)
@@ -249,19 +260,31 @@ def main(words: Sequence[str] | None = None) -> int:
         setattr(arguments, name, getattr(arguments, name).resolve())
     os.environ.pop("RANK", None)
     commands = Commands(arguments.limit_s)
+    results: dict[str, dict[str, Any]] = {}
     try:
         if arguments.text:
             prepare(commands, arguments)
         model = pretrain(commands, arguments)
-        results = finetune(commands, arguments, model)
+        write(arguments, results, words)
+        for results in finetune(commands, arguments, model):
+            write(arguments, results, words)
     except TimeIsUpError:
+        write(arguments, results, words)
         print("the time is up; the same command goes on")
         return 3
     for line in _lines(results):
         print(line)
-    if arguments.hardware:
-        print(f"-> {report(arguments, results)}")
     return 0
+
+
+def write(
+    arguments: argparse.Namespace, results: Mapping[str, Any], words: Sequence[str] | None
+) -> None:
+    """The report, where there is a name for it and something to tell."""
+    metrics = arguments.output_dir / "run" / "metrics.jsonl"
+    rows = read_metrics(metrics) if arguments.hardware and metrics.is_file() else []
+    if any("train/mlm_loss" in row for row in rows):
+        report(arguments, results, words)
 
 
 def _lines(results: Mapping[str, Any]) -> Iterable[str]:

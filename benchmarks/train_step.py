@@ -3,21 +3,22 @@
     python benchmarks/train_step.py --size base --dtype bf16 --device cuda
 
 All models have the same weights and get the same batches, in turns within one process. Before
-anything is timed their losses and gradients must be equal, without dropout. Ours keeps 16-bit
+anything is timed their losses and the gradient of each tensor must be equal, without dropout, and
+compilers have seen each shape. The report is written again after each round. Ours keeps 16-bit
 weights with fp32 masters, as under DeepSpeed; the others train under autocast, as their own
 trainers do. Ours uses torch's layer norm but where another one is named; on a CPU it keeps the
 memory of freed tensors, as `pretrain` and `finetune` do, and the others have glibc's own ways.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import functools
+import math
 import statistics
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+import typing
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Batch = dict[str, Tensor]
 MASKED_SHARE = 0.15
 PEERS = ("Hugging Face sdpa", "NVIDIA")
-# Relative errors of the loss, of the gradient's norm, and of each tensor's gradient in ours: models
-# add up in other orders, and 16 bits have 8 of them.
+REFERENCE = "Hugging Face eager"  # what all others must equal
+WARM_UP_ROUNDS = 2
+# Relative errors of the loss, of the gradient's norm, and of each tensor's gradient: models add up
+# in other orders, and 16 bits have 8 of them.
 TOLERANCES = {"fp32": (1e-4, 1e-4, 1e-3), "bf16": (1e-2, 5e-2, 0.2)}
 # Of the whole gradient's norm; what is less is rounding, or zero as for the keys' biases.
 SMALL_GRADIENT = 1e-2
@@ -79,6 +82,8 @@ class Masters:
             master.grad = weight.grad.float()
         self.optimizer.step()
         torch._foreach_copy_(self.weights, self.masters)
+        for master in self.masters:
+            master.grad = None  # as much memory as the weights, while others take their turns
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -90,11 +95,15 @@ class Contender:
     """A model with its optimizer, ready to take steps."""
 
     def __init__(
-        self, model: nn.Module, dtype: torch.dtype, *, masters: bool, packed: bool
+        self, model: nn.Module, dtype: torch.dtype, *, masters: bool, num_shapes: int | None
     ) -> None:
-        """Train in 16 bits with fp32 masters, or under autocast."""
+        """Train in 16 bits with fp32 masters, or under autocast.
+
+        Args:
+            num_shapes: of packed batches; None for padded ones.
+        """
         self.autocast = None if masters or dtype == torch.float32 else dtype
-        self.packed = packed
+        self.num_shapes = num_shapes
         self.model = model.to(dtype) if masters else model
         self.optimizer: Any = (
             Masters(self.model)
@@ -104,13 +113,20 @@ class Contender:
 
     def loss(self, batch: Batch, device: torch.device) -> Tensor:
         """One forward pass, the batch's way to the device included."""
-        if self.packed:
-            packing = pack(batch["input_mask"])
+        if self.num_shapes is not None:
+            packing = pack(batch["input_mask"], self.num_shapes)
             batch = {**batch, "places": packing.places_T, "cu_seqlens": packing.cu_seqlens}
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
             loss: Tensor = self.model(batch)
         return loss
+
+    def shape(self, batch: Batch) -> tuple[int, ...]:
+        """What code is compiled for."""
+        if self.num_shapes is None:
+            return tuple(batch["input_ids"].shape)
+        packing = pack(batch["input_mask"], self.num_shapes)
+        return len(packing.places_T), len(packing.cu_seqlens)
 
     def step(self, batches: Sequence[Batch], device: torch.device) -> None:
         """One optimizer step over micro-batches."""
@@ -152,25 +168,25 @@ def make_batch(config: BertConfig, rows: int, seq_length: int, fill: float, seed
 
 
 def build(config: BertConfig, arguments: argparse.Namespace) -> dict[str, Callable[[], Contender]]:
-    """What is compared; each is built when it is asked for."""
+    """What can be compared, compilers last; each is built when it is asked for."""
     torch.manual_seed(0)
     source = BertForPreTraining(config)
     dtype, device = DTYPES[arguments.dtype], torch.device(arguments.device)
 
     def ours(**settings: Any) -> Contender:
-        model = BertForPreTraining(config, Kernels(**{"layer_norm": "torch", **settings}))
+        kernels = Kernels(**{"layer_norm": "torch", **settings})
+        model = BertForPreTraining(config, kernels)
         model.load_state_dict(source.state_dict())
-        packed = settings.get("packing", True)
-        return Contender(Ours(model).to(device), dtype, masters=True, packed=packed)
+        return Contender(Ours(model).to(device), dtype, masters=True, num_shapes=kernels.num_shapes)
 
     def theirs(make: Callable[[], nn.Module], *, compiled: bool = False) -> Contender:
         model = make().to(device)
         if compiled:
             model.compile()
-        return Contender(model, dtype, masters=False, packed=False)
+        return Contender(model, dtype, masters=False, num_shapes=None)
 
     found: dict[str, Callable[[], Contender]] = {
-        "Hugging Face eager": lambda: theirs(lambda: peers.HuggingFaceBert(source, "eager")),
+        REFERENCE: lambda: theirs(lambda: peers.HuggingFaceBert(source, "eager")),
         "Hugging Face sdpa": lambda: theirs(lambda: peers.HuggingFaceBert(source, "sdpa")),
         "NVIDIA": lambda: theirs(lambda: peers.NvidiaBert(source)),
         "zerobert, padded": lambda: ours(packing=False),
@@ -180,121 +196,149 @@ def build(config: BertConfig, arguments: argparse.Namespace) -> dict[str, Callab
         found["zerobert, apex"] = lambda: ours(layer_norm="apex")
     if device.type == "cuda" and layer_norm.HAS_TRITON:
         found["zerobert, triton"] = lambda: ours(layer_norm="triton")
+    for settings in arguments.kernels:
+        words = " ".join(f"{key}={value}".lower() for key, value in settings)
+        compiled = ", compiled" if dict(settings).get("compile") else ""
+        found[f"zerobert, {words}{compiled}"] = lambda settings=settings: ours(**dict(settings))
     if arguments.compile:
         found["Hugging Face sdpa, compiled"] = lambda: theirs(
             lambda: peers.HuggingFaceBert(source, "sdpa"), compiled=True
         )
         found["zerobert, compiled"] = lambda: ours(compile=True)
-    return found
+    return dict(sorted(found.items(), key=lambda pair: pair[0].endswith("compiled")))
 
 
-@contextlib.contextmanager
-def noting(name: str, failed: dict[str, str]) -> Iterator[None]:
-    """Note what a contender fails with: a kernel that does not compile, or memory that runs out,
-    must not cost the others' figures.
+def chosen(config: BertConfig, arguments: argparse.Namespace) -> dict[str, Callable[[], Contender]]:
+    """Those of them that `--only` names.
+
+    Raises:
+        SystemExit: it names one that there is not.
     """
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 - Triton's and the compilers' have no other base
-        traceback.print_exc()
-        lines = str(error).splitlines() or [""]
-        failed[name] = f"{type(error).__name__}: {lines[0]:.160}"
-    if name in failed and torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    found = build(config, arguments)
+    if unknown := set(arguments.only or ()) - found.keys():
+        raise SystemExit(f"--only {sorted(unknown)}: there are {list(found)}")
+    return {name: make for name, make in found.items() if name in (arguments.only or found)}
+
+
+def kernel_setting(word: str) -> tuple[str, Any]:
+    """A `key=value` of a configuration's `kernels` section.
+
+    Raises:
+        argparse.ArgumentTypeError: there is no such key or value.
+    """
+    key, _, value = word.partition("=")
+    kinds = typing.get_type_hints(Kernels)
+    kind = kinds.get(key)
+    known: dict[str, Any] = (
+        {"true": True, "false": False}
+        if kind is bool
+        else {name: name for name in typing.get_args(kind)}
+    )
+    if value not in known:
+        values = " or ".join(known) or f"a key of {', '.join(kinds)}"
+        raise argparse.ArgumentTypeError(f"{word!r} should be {key}=value with {values}")
+    return key, known[value]
 
 
 def check_equal(config: BertConfig, arguments: argparse.Namespace, failed: dict[str, str]) -> None:
-    """All models' losses and gradients without dropout, in fp32 and in the precision and size of
-    batch that is timed, held against the first's in fp32; of ours each tensor's gradient too.
+    """All models' losses and each tensor's gradient without dropout, in fp32 and in the precision
+    and size of batch that is timed, held against the reference's in fp32.
 
     Args:
         failed: contender -> why; those that differ are added.
     """
     plain = dataclasses.replace(config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     exact = argparse.Namespace(**{**vars(arguments), "dtype": "fp32"})
+    device = torch.device(arguments.device)
     sizes = {"fp32": 4, arguments.dtype: arguments.micro_batch}
     for dtype, rows in sizes.items():
         timed = argparse.Namespace(**{**vars(arguments), "dtype": dtype})
         batch = make_batch(plain, rows, arguments.seq_length, 0.7, seed=7)
-        theirs = ours = None
-        for name, make in build(plain, exact).items():
-            if name in ("Hugging Face eager", "zerobert, padded"):
-                with noting(name, failed):
-                    found = gradients_of(make(), batch, torch.device(arguments.device))
-                    theirs, ours = theirs or found, found
-        for name, make in build(plain, timed).items():
-            if theirs is not None and ours is not None and name not in failed:
-                with noting(name, failed):
-                    got = gradients_of(make(), batch, torch.device(arguments.device))
-                    hold_against(got, theirs, ours if name.startswith("zerobert") else None, dtype)
+        wanted = gradients_of(build(plain, exact)[REFERENCE](), batch, device)
+        for name, make in chosen(plain, timed).items():
+            # Compilers take minutes: what they make is checked as it is timed.
+            is_due = dtype == arguments.dtype or not name.endswith("compiled")
+            if is_due and name not in failed:
+                with measure.noting(name, failed):
+                    hold_against(gradients_of(make(), batch, device), wanted, dtype)
 
 
-def hold_against(
-    got: tuple[float, Batch],
-    theirs: tuple[float, Batch],
-    ours: tuple[float, Batch] | None,
-    dtype: str,
-) -> None:
-    """Compare a loss and gradients with Hugging Face's, and tensor by tensor with our own.
+def hold_against(got: tuple[float, Batch], wanted: tuple[float, Batch], dtype: str) -> None:
+    """Compare a loss and gradients, tensor by tensor, with the reference's.
 
     Raises:
         ValueError: they differ.
     """
     loss_error, norm_error, tensor_error = TOLERANCES[dtype]
     norms = [
-        float(torch.stack(torch._foreach_norm(list(g.values()))).norm()) for _, g in (got, theirs)
+        float(torch.stack(torch._foreach_norm(list(g.values()))).norm()) for _, g in (got, wanted)
     ]
-    if not abs(got[0] / theirs[0] - 1) <= loss_error:
-        raise ValueError(f"loss {got[0]} in {dtype}, Hugging Face's is {theirs[0]}")
+    if not abs(got[0] / wanted[0] - 1) <= loss_error:
+        raise ValueError(f"loss {got[0]} in {dtype}, {REFERENCE}'s is {wanted[0]}")
     if not abs(norms[0] / norms[1] - 1) <= norm_error:
-        raise ValueError(f"gradient norm {norms[0]} in {dtype}, Hugging Face's is {norms[1]}")
-    for name, wanted in ours[1].items() if ours else ():
-        size = float(wanted.norm())
-        apart = float((got[1][name] - wanted).norm()) / max(size, SMALL_GRADIENT * norms[1])
+        raise ValueError(f"gradient norm {norms[0]} in {dtype}, {REFERENCE}'s is {norms[1]}")
+    if got[1].keys() != wanted[1].keys():
+        raise ValueError(f"other parameters: {sorted(got[1].keys() ^ wanted[1].keys())}")
+    for name, true in wanted[1].items():
+        mine = got[1][name][: len(true)]  # without the rows that fill the vocabulary up
+        apart = float((mine - true).norm()) / max(float(true.norm()), SMALL_GRADIENT * norms[1])
         if not apart <= tensor_error:
             raise ValueError(f"the gradient of {name} in {dtype} is off by {apart:.2g} of itself")
 
 
 def gradients_of(contender: Contender, batch: Batch, device: torch.device) -> tuple[float, Batch]:
-    """The loss of a batch and its gradients, in fp32 on the CPU."""
+    """The loss of a batch and its gradients under our names, in fp32 on the CPU."""
     loss = contender.loss(batch, device)
     loss.backward()
+    model = contender.model
+    names = model.names() if isinstance(model, peers.NvidiaBert) else {}
     return loss.item(), {
-        name: parameter.grad.float().cpu()
-        for name, parameter in contender.model.named_parameters()
+        names.get(name, name.removeprefix("model.")): parameter.grad.float().cpu()
+        for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
 
 
+def matmuls(config: BertConfig, tokens: int) -> Counter[tuple[int, int, int]]:
+    """The matrix products of a forward pass over so many tokens, as rows, inner width and columns,
+    with how often each takes place; those of attention are left out.
+    """
+    hidden, wide = config.hidden_size, config.intermediate_size
+    masked = round(tokens * MASKED_SHARE)
+    return Counter(
+        [
+            *[(tokens, hidden, 3 * hidden), (tokens, hidden, hidden)] * config.num_hidden_layers,
+            *[(tokens, hidden, wide), (tokens, wide, hidden)] * config.num_hidden_layers,
+            *[(masked, hidden, hidden), (masked, hidden, config.vocab_size)],
+        ]
+    )
+
+
+def matmul_s(shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds that a matrix product takes on this device."""
+    rows, inner, columns = shape
+    left = torch.randn(rows, inner, device=device, dtype=dtype)
+    right = torch.randn(inner, columns, device=device, dtype=dtype)
+    return least_s(lambda: left @ right, device)
+
+
 def matmul_floor_s(
-    config: BertConfig, arguments: argparse.Namespace, tokens: int, pairs: int
+    config: BertConfig, seconds: Mapping[tuple[int, int, int], float], tokens: int, pairs: int
 ) -> float:
-    """Seconds that the matrix products of a micro-step over so many tokens take, one by one, on
-    this device: what is left when all else is free.
+    """Seconds that the matrix products of a micro-step take, one by one: what is left when all
+    else is free.
 
     Args:
+        seconds: of each product.
         pairs: of tokens in the same row. Attention's products are not timed but taken at the mean
             rate of the others, because a fused kernel need not write the scores as a product does.
     """
-    device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
-    hidden, wide = config.hidden_size, config.intermediate_size
-    masked = round(tokens * MASKED_SHARE)
-    shapes = [
-        *[(tokens, hidden, 3 * hidden), (tokens, hidden, hidden)] * config.num_hidden_layers,
-        *[(tokens, hidden, wide), (tokens, wide, hidden)] * config.num_hidden_layers,
-        *[(masked, hidden, hidden), (masked, hidden, config.vocab_size)],
-    ]
-
-    @functools.cache
-    def seconds(rows: int, inner: int, columns: int) -> float:
-        left = torch.randn(rows, inner, device=device, dtype=dtype)
-        right = torch.randn(inner, columns, device=device, dtype=dtype)
-        return least_s(lambda: left @ right, device)
-
-    multiplied = sum(rows * inner * columns for rows, inner, columns in shapes)
-    in_attention = config.num_hidden_layers * 2 * pairs * hidden
+    counts = matmuls(config, tokens)
+    multiplied = sum(math.prod(shape) * count for shape, count in counts.items())
+    in_attention = config.num_hidden_layers * 2 * pairs * config.hidden_size
+    spent_s = sum(seconds[shape] * count for shape, count in counts.items())
     # Backward has two products as large as forward's.
-    return 3 * sum(seconds(*shape) for shape in shapes) * (1 + in_attention / multiplied)
+    return 3 * spent_s * (1 + in_attention / multiplied)
 
 
 def copy_bytes_per_s(device: torch.device) -> float:
@@ -355,29 +399,80 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time all contenders in turns."""
+def limits(
+    config: BertConfig, arguments: argparse.Namespace, batches: Sequence[Batch]
+) -> dict[str, Any]:
+    """What the matrix products and the memory of this device would allow for such batches."""
+    device, samples = torch.device(arguments.device), arguments.micro_batch * arguments.accumulation
+    lengths = torch.stack([batch["input_mask"].sum(1).double() for batch in batches])
+    tokens = round(lengths.sum(1).mean().item())
+    pairs = round(lengths.square().sum(1).mean().item())
+    seconds = {
+        shape: matmul_s(shape, device, DTYPES[arguments.dtype]) for shape in matmuls(config, tokens)
+    }
+    floor_s = matmul_floor_s(config, seconds, tokens, pairs) * arguments.accumulation
+    bandwidth = copy_bytes_per_s(device)
+    with torch.device("meta"):
+        parameters = sum(weight.numel() for weight in BertForPreTraining(config).parameters())
+    moved = elementwise_bytes(config, arguments, tokens, parameters)
+    predictions = 20 if arguments.seq_length == 128 else 80
+    return {
+        "matmul_tflop_per_s": {
+            " x ".join(map(str, shape)): 2e-12 * math.prod(shape) / spent
+            for shape, spent in seconds.items()
+        },
+        "matmul_floor_samples_per_s": samples / floor_s,
+        "copy_bytes_per_s": bandwidth,
+        "elementwise_bytes": moved,
+        "roofline_samples_per_s": samples / (floor_s + moved / bandwidth),
+        "flops_per_sequence": training_flops_per_sequence(
+            config, arguments.seq_length, predictions
+        ),
+        "peak_flops": peak_flops(device),
+    }
+
+
+def warm_up(contender: Contender, batches: Sequence[Batch], device: torch.device) -> None:
+    """Take a step over a batch of each shape, so that no compiler runs while others are timed."""
+    seen = set()
+    for batch in batches:
+        if (shape := contender.shape(batch)) not in seen:
+            seen.add(shape)
+            contender.step([batch], device)
+
+
+def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Time all contenders in turns, and give what is known after each round."""
     device = torch.device(arguments.device)
     config = BertConfig(**SIZES[arguments.size])
+    if arguments.dropout is not None:
+        share = arguments.dropout
+        config = dataclasses.replace(
+            config, hidden_dropout_prob=share, attention_probs_dropout_prob=share
+        )
+    shape = (arguments.micro_batch, arguments.seq_length, arguments.fill)
+    rounds = [
+        [make_batch(config, *shape, 100 * number + i) for i in range(arguments.accumulation)]
+        for number in range(arguments.rounds + WARM_UP_ROUNDS)
+    ]
+    batches = [batch for batches in rounds for batch in batches]
     failed: dict[str, str] = {}
     check_equal(config, arguments, failed)
     print(f"losses and gradients are equal, except: {failed or 'none'}", file=sys.stderr)
+    found = {**limits(config, arguments, batches), "failed": failed}
     contenders: dict[str, Contender] = {}
-    for name, make in build(config, arguments).items():
+    for name, make in chosen(config, arguments).items():
         if name not in failed:
-            with noting(name, failed):
-                contenders[name] = make()
+            with measure.noting(name, failed):
+                contender = make()
+                if name.endswith("compiled"):
+                    warm_up(contender, batches, device)
+                contenders[name] = contender
     times: dict[str, list[float]] = {name: [] for name in contenders}
     samples = arguments.micro_batch * arguments.accumulation
-    lengths = []
-    for number in range(arguments.rounds + 2):
-        batches = [
-            make_batch(config, arguments.micro_batch, arguments.seq_length, arguments.fill, seed)
-            for seed in range(number * 100, number * 100 + arguments.accumulation)
-        ]
-        lengths += [batch["input_mask"].sum(1).double() for batch in batches]
+    for number, batches in enumerate(rounds):
         for name in list(contenders):
-            with noting(name, failed):
+            with measure.noting(name, failed):
                 keep_memory(keep=device.type == "cpu" and name.startswith("zerobert"))
                 synchronize(device)
                 started = time.perf_counter()
@@ -387,32 +482,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 times[name].append((time.perf_counter() - started) / arguments.steps)
             if name in failed:
                 del contenders[name], times[name]
-    if not contenders:
-        raise SystemExit(f"nothing ran: {failed}")
-    rates = {name: [samples / seconds for seconds in runs[2:]] for name, runs in times.items()}
-    tokens = round(torch.stack(lengths).sum(1).mean().item())
-    pairs = round(torch.stack(lengths).square().sum(1).mean().item())
-    floor_s = matmul_floor_s(config, arguments, tokens, pairs) * arguments.accumulation
-    bandwidth = copy_bytes_per_s(device)
-    some = next(iter(contenders.values())).model
-    parameters = sum(weight.numel() for weight in some.parameters())
-    moved = elementwise_bytes(config, arguments, tokens, parameters)
-    predictions = 20 if arguments.seq_length == 128 else 80
-    flops = training_flops_per_sequence(config, arguments.seq_length, predictions)
-    return {
-        "samples_per_s": rates,
-        "failed": failed,
-        "matmul_floor_samples_per_s": samples / floor_s,
-        "copy_bytes_per_s": bandwidth,
-        "elementwise_bytes": moved,
-        "roofline_samples_per_s": samples / (floor_s + moved / bandwidth),
-        "flops_per_sequence": flops,
-        "peak_flops": peak_flops(device),
-    }
+        if not contenders:
+            raise SystemExit(f"nothing ran: {failed}")
+        if number >= WARM_UP_ROUNDS:
+            rates = {
+                name: [samples / seconds for seconds in runs[WARM_UP_ROUNDS:]]
+                for name, runs in times.items()
+            }
+            yield {"samples_per_s": rates, **found}
 
 
 def tell(figures: dict[str, Any], arguments: argparse.Namespace) -> str:
-    """The table."""
+    """The table; its ratios are those of the medians."""
     rates = {name: statistics.median(runs) for name, runs in figures["samples_per_s"].items()}
     floor, peak = figures["matmul_floor_samples_per_s"], figures["peak_flops"]
     roofline = figures["roofline_samples_per_s"]
@@ -423,7 +504,12 @@ def tell(figures: dict[str, Any], arguments: argparse.Namespace) -> str:
             (
                 name,
                 measure.spread(runs),
-                *(f"{rates[name] / rates[peer]:.2f}" if peer in rates else "-" for peer in PEERS),
+                *(
+                    f"{measure.ratio(runs, figures['samples_per_s'][peer]):.2f}"
+                    if peer in rates
+                    else "-"
+                    for peer in PEERS
+                ),
                 f"{rates[name] / floor:.0%}",
                 f"{rates[name] / roofline:.0%}",
                 mfu,
@@ -436,6 +522,11 @@ def tell(figures: dict[str, Any], arguments: argparse.Namespace) -> str:
     title = (
         f"## {arguments.size}, {arguments.dtype}, {arguments.micro_batch} x "
         f"{arguments.accumulation} rows of {arguments.seq_length}, {arguments.fill:.0%} filled"
+        + (f", dropout {arguments.dropout:g}" if arguments.dropout is not None else "")
+    )
+    products = measure.table(
+        ("product", "TFLOP/s"),
+        [(shape, f"{rate:.3g}") for shape, rate in figures["matmul_tflop_per_s"].items()],
     )
     note = (
         f"The matrix products of the tokens alone, one by one, would allow {floor:.2f} samples/s. "
@@ -444,8 +535,8 @@ def tell(figures: dict[str, Any], arguments: argparse.Namespace) -> str:
         f"`elementwise_bytes`. One after the other, both allow {roofline:.2f} samples/s: the "
         "roofline. MFU counts padding as work, for all alike."
     )
-    lost = "".join(f"\n\n{name} failed: {why}." for name, why in figures["failed"].items())
-    return f"{title}\n\n{measure.table(header, rows)}\n\n{note}{lost}"
+    lost = measure.tell_failed(figures["failed"])
+    return f"{title}\n\n{measure.table(header, rows)}\n\n{note}\n\n{products}{lost}"
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -466,31 +557,42 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--accumulation", type=int, default=2)
     add("--rounds", type=int, default=5)
     add("--steps", type=int, default=1, help="steps in a row of each contender")
+    add("--dropout", type=float, help="default: the model's own")
+    add(
+        "--kernels",
+        type=kernel_setting,
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="ours with these `kernels` of a configuration as well; may be given several times",
+    )
     add("--compile", action="store_true", help="torch.compile as well")
+    add("--only", nargs="+", metavar="NAME", help="time these contenders alone")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--hardware", default="cpu", help="a word for the report's name")
     add("--quick", action="store_true", help="the smallest model, one round")
     arguments = parser.parse_args(words)
     if arguments.quick:
         arguments.size, arguments.rounds = ["tiny"], 1
-    sections, figures = [], {}
+    sections: dict[str, str] = {}
+    figures: dict[str, Any] = {}
     for size in arguments.size:
         for fill in arguments.fill:
             one = argparse.Namespace(**{**vars(arguments), "size": size, "fill": fill})
-            found = run(one)
-            said = tell(found, one)
-            print(f"{said}\n", flush=True)
-            sections.append(said)
-            figures[f"{size} {fill}"] = found
-    flags = " ".join(sys.argv[1:] if words is None else words)
-    path = measure.write_report(
-        "train_step",
-        title="Training step",
-        command=f"python benchmarks/train_step.py {flags}".strip(),
-        sections=[f"torch {torch.__version__}, {torch.get_num_threads()} threads.", *sections],
-        figures=figures,
-        slug=f"{arguments.hardware}_{arguments.dtype}_{arguments.seq_length}",
-    )
+            for found in run(one):
+                sections[f"{size} {fill}"] = tell(found, one)
+                figures[f"{size} {fill}"] = found
+                path = measure.write_report(
+                    "train_step",
+                    title="Training step",
+                    command=measure.command("train_step.py", words),
+                    sections=list(sections.values()),
+                    figures=figures,
+                    slug=f"{arguments.hardware}_{arguments.dtype}_{arguments.seq_length}",
+                    arguments=arguments,
+                )
+            print(f"{sections[f'{size} {fill}']}\n", flush=True)
     print(f"-> {path}")
     if any(found["failed"] for found in figures.values()):
         sys.exit(1)

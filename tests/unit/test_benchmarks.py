@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,7 +13,19 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import engine_overhead, gpu_all, loader, optimizer_step, readme, train_step
+from benchmarks import (
+    bench,
+    engine_overhead,
+    finetuning,
+    gpu_all,
+    loader,
+    measure,
+    optimizer_step,
+    profile_step,
+    readme,
+    real_run,
+    train_step,
+)
 from tests.ranks import is_alive
 from zerobert.config import SIZES, BertConfig
 from zerobert.shards import check_values
@@ -29,11 +42,14 @@ STEP: dict[str, Any] = {
     "fill": 0.9,
     "rounds": 1,
     "steps": 1,
+    "dropout": None,
+    "kernels": [],
+    "only": None,
 }
 
 
 def test_all_models_compute_the_same_before_they_are_timed() -> None:
-    arguments = argparse.Namespace(dtype="fp32", device="cpu", seq_length=128, compile=False)
+    arguments = argparse.Namespace(**STEP)
     failed: dict[str, str] = {}
     train_step.check_equal(CONFIG, arguments, failed)
     assert failed == {}
@@ -43,11 +59,41 @@ def test_all_models_compute_the_same_before_they_are_timed() -> None:
 def test_every_contender_takes_steps(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(train_step.SIZES, "tiny", dataclasses.asdict(CONFIG))
     monkeypatch.setattr(train_step, "least_s", lambda work, device: 1.0)
-    figures = train_step.run(argparse.Namespace(**{**STEP, "dtype": dtype}))
+    kernels = [[("attention", "sdpa"), ("packing", False)]]
+    arguments = argparse.Namespace(**{**STEP, "dtype": dtype, "kernels": kernels, "rounds": 2})
+    first, figures = train_step.run(arguments)
+    assert len(first["samples_per_s"]["zerobert"]) == 1  # known before the last round
     assert figures["failed"] == {}
     assert set(figures["samples_per_s"]) == {
-        *("Hugging Face eager", "Hugging Face sdpa", "NVIDIA", "zerobert", "zerobert, padded")
+        *("Hugging Face eager", "Hugging Face sdpa", "NVIDIA", "zerobert", "zerobert, padded"),
+        "zerobert, attention=sdpa packing=false",
     }
+    assert all(len(rates) == 2 for rates in figures["samples_per_s"].values())
+    assert "| 235 x 128 x 384 |" in train_step.tell(figures, arguments)
+
+
+def test_each_shape_is_compiled_before_it_is_timed() -> None:
+    contender = train_step.Contender(
+        torch.nn.Linear(1, 1), torch.float32, masters=True, num_shapes=8
+    )
+    taken: list[int] = []
+    contender.step = lambda batches, device: taken.extend(map(len, batches))  # type: ignore
+    batches = [train_step.make_batch(CONFIG, 4, 128, fill, 0) for fill in (1.0, 1.0, 0.6, 0.6)]
+    assert len({contender.shape(batch) for batch in batches}) == 2
+    train_step.warm_up(contender, batches, torch.device("cpu"))
+    assert len(taken) == 2
+
+
+def test_the_contenders_that_are_asked_for() -> None:
+    arguments = argparse.Namespace(**{**STEP, "compile": True, "only": ["zerobert, compiled"]})
+    assert list(train_step.chosen(CONFIG, arguments)) == ["zerobert, compiled"]
+    arguments.only = ["nosuch"]
+    with pytest.raises(SystemExit, match="nosuch"):
+        train_step.chosen(CONFIG, arguments)
+    assert train_step.kernel_setting("compile=true") == ("compile", True)
+    for word in ("compile=sdpa", "attention=nosuch", "nosuch=true"):
+        with pytest.raises(argparse.ArgumentTypeError, match="should be"):
+            train_step.kernel_setting(word)
 
 
 def test_a_model_that_differs_or_fails_is_not_timed_but_the_others_are(
@@ -62,7 +108,7 @@ def test_a_model_that_differs_or_fails_is_not_timed_but_the_others_are(
     monkeypatch.setitem(train_step.SIZES, "tiny", dataclasses.asdict(CONFIG))
     monkeypatch.setattr(train_step, "least_s", lambda work, device: 1.0)
     arguments = argparse.Namespace(**STEP)
-    figures = train_step.run(arguments)
+    (figures,) = train_step.run(arguments)
     assert set(figures["samples_per_s"]) == {
         "Hugging Face eager",
         "Hugging Face sdpa",
@@ -95,8 +141,93 @@ def test_a_command_that_is_cut_off_takes_its_children_with_it(
     assert not is_alive(pid)
 
 
+def test_a_part_ends_within_nine_minutes_and_judges_its_own_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = argparse.Namespace(
+        hardware="h100",
+        device="cuda",
+        quick=False,
+        precision=None,
+        glue_dir=Path("glue"),
+        text=[Path("text")],
+        output_dir=tmp_path,
+        model_name_or_path="model",
+    )
+    for device in ("cuda", "cpu"):
+        asked.device = device
+        for commands in gpu_all.parts(asked).values():
+            assert sum(command.limit_s for command in commands) <= gpu_all.PART_S
+            assert len({command.name for command in commands}) == len(commands)
+    assert gpu_all.PART_S + gpu_all.GRACE_S < 540
+
+    report = tmp_path / "reports" / "it_h100_202611.md"
+    report.parent.mkdir()
+    report.write_text("old")
+    os.utime(report, (0, 0))
+    monkeypatch.setattr(gpu_all, "HERE", report.parent)
+    write = f"import pathlib; pathlib.Path({str(report)!r}).write_text('new')"
+    commands = {
+        1: [gpu_all.python("fails", 20, "-c", "raise SystemExit(2)")],
+        2: [gpu_all.python("writes", 20, "-c", write)],
+        3: [gpu_all.python("goes_on", 20, "-c", "raise SystemExit(3)")],
+    }
+    monkeypatch.setattr(gpu_all, "parts", lambda arguments: commands)
+    out = tmp_path / "out"
+    flags = ["--output_dir", str(out), "--part"]
+    assert gpu_all.main([*flags, "1"]) == 1
+    assert not (out / report.name).exists()
+    assert gpu_all.main([*flags, "2"]) == 0
+    assert (out / report.name).read_text() == "new"
+    assert (out / "part2_writes.log").is_file()
+    assert gpu_all.main([*flags, "2", "3"]) == 3
+    for wrong in (["14"], ["1", "--only", "nosuch"]):
+        with pytest.raises(SystemExit):
+            gpu_all.main([*flags, *wrong])
+    said = capsys.readouterr().err
+    assert "--part 14: there are parts 1 to 3" in said
+    assert "--only nosuch: these parts have fails" in said
+
+
+@pytest.mark.parametrize("given", [[], ["--glue_dir", "glue", "--text", "text"]])
+def test_the_set_for_a_cpu_takes_a_quarter_of_an_hour(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: dict[str, float] = {}
+
+    def run(command: gpu_all.Command, folder: Path, limit_s: float) -> int:
+        taken[command.name] = limit_s
+        return 0
+
+    monkeypatch.setattr(bench, "run", run)
+    assert bench.main(["--output_dir", str(tmp_path), *given]) == 0
+    assert sum(taken.values()) <= 900
+    assert {"train_step_fp32", "train_step_bf16", "end_to_end", "engine_overhead"} <= taken.keys()
+    assert (taken.keys() >= {"finetuning", "data_preparation"}) == bool(given)
+
+
+def test_what_an_optimizer_calls_its_step_is_not_counted_beside_its_kernels() -> None:
+    event = argparse.Namespace(
+        device_type=torch.autograd.DeviceType.CUDA, self_device_time_total=2e6
+    )
+    assert profile_step.own_s(event, torch.device("cuda")) == 2
+    event.is_user_annotation = True
+    assert profile_step.own_s(event, torch.device("cuda")) == 0
+
+
+def test_shards_that_are_whole_are_not_prepared_again(tmp_path: Path) -> None:
+    shards = tmp_path / "shards" / "hdf5_it" / "real"
+    shards.mkdir(parents=True)
+    asked = argparse.Namespace(output_dir=tmp_path, text=[], workers=1, vocab_size=9, dupe_factor=1)
+    commands = real_run.Commands(limit_s=0)
+    with pytest.raises(real_run.TimeIsUpError):
+        real_run.prepare(commands, asked)
+    (shards / "manifest.json").write_text("{}")
+    real_run.prepare(commands, asked)
+
+
 def test_each_layer_norm_that_a_gpu_has_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = argparse.Namespace(dtype="bf16", device="cuda", compile=False)
+    arguments = argparse.Namespace(**{**STEP, "dtype": "bf16", "device": "cuda"})
     for has_both in (True, False):
         monkeypatch.setattr(train_step.layer_norm, "APEX_KERNEL", object() if has_both else None)
         monkeypatch.setattr(train_step.layer_norm, "HAS_TRITON", has_both)
@@ -114,10 +245,18 @@ def test_the_bytes_of_base_outside_of_products(dtype: str, width: int) -> None:
 
 
 def test_lambs_agree_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer_step.check_equal(CONFIG, torch.device("cpu"), [1000])
+    failed: dict[str, str] = {}
+    optimizer_step.check_equal(CONFIG, torch.device("cpu"), [1000], failed)
+    assert failed == {}
     monkeypatch.setattr(optimizer_step.lamb, "_square", lambda block: 1.0)
-    with pytest.raises(ValueError, match="weights of shape"):
-        optimizer_step.check_equal(CONFIG, torch.device("cpu"), [])
+    monkeypatch.setitem(optimizer_step.SIZES, "tiny", dataclasses.asdict(CONFIG))
+    asked = {"blocks": [], "deepspeed": False, **STEP}
+    (figures,) = optimizer_step.run(argparse.Namespace(**asked))
+    assert figures["failed"]["blocked"].startswith("ValueError: weights of shape")
+    assert "plain" in figures["seconds"]
+    said = optimizer_step.tell(figures, argparse.Namespace(**asked))
+    assert "| AdamW fused |" in said
+    assert "blocked failed: ValueError" in said
 
 
 @pytest.mark.parametrize("seq_length", [128, 512])
@@ -172,11 +311,69 @@ def test_the_readme_has_the_figures_of_the_newest_reports() -> None:
     assert text.count("](benchmarks/") >= 5
 
 
-def test_a_figure_is_the_median_of_the_rounds_ratios() -> None:
+def test_the_newest_report_that_has_the_figures_is_told_on_any_hardware(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    reports: dict[str, dict[str, Any]] = {
+        "train_step_epyc2_bf16_128_202611": {"date": "2026-11-01", "base 0.9": 1},
+        "train_step_local_bf16_128_202612": {"date": "2026-12-01", "base 0.9": 2},
+        "train_step_local_fp32_128_202612": {"date": "2026-12-02", "base 0.9": 3},
+        "train_step_other_bf16_128_202612": {"date": "2026-12-03", "mini 0.9": 4},
+        "finetuning_it_202611": {"date": "2026-11-01"},
+        "finetuning_it_202612": {"date": "2026-12-01", "arguments": {"precision": "bf16"}},
+    }
+    for name, figures in reports.items():
+        (tmp_path / "benchmarks" / f"{name}.json").write_text(json.dumps(figures))
+    found = readme.newest("train_step", {"base 0.9": None, "dtype": "bf16"})
+    assert found is not None
+    assert found[1] == "train_step_local_bf16_128_202612.md"
+    assert found[0]["base 0.9"] == 2
+    found = readme.newest("finetuning", {"precision": "fp32"})
+    assert found is not None
+    assert found[1] == "finetuning_it_202611.md"
+    assert readme.newest("loader", {}) is None
+
+
+def test_a_ratio_is_that_of_the_medians_beside_it() -> None:
     rates = {"zerobert": [10.0, 30.0, 22.0], "NVIDIA": [5.0, 10.0, 20.0]}
     figures = {"base 0.9": {"samples_per_s": {**rates, "Hugging Face sdpa": [1.0, 1.0, 1.0]}}}
     rows = list(readme.train_step(figures, dtype="fp32"))
     assert [row[1:] for row in rows] == [
         ("22.00 rows/s", "Hugging Face's BERT: 1.00", "22.00"),
-        ("22.00 rows/s", "NVIDIA's BERT: 10.00", "2.00"),
+        ("22.00 rows/s", "NVIDIA's BERT: 10.00", "2.20"),
     ]
+    arguments = argparse.Namespace(batch_size=32, precision="fp32", **STEP)
+    arguments.dtype = "fp32"
+    assert "| NVIDIA | 10.00 (5.00 to 20.00) | 2.20 |" in finetuning.tell_rates(rates, arguments, 9)
+    times = {"bare loop": rates["NVIDIA"], "engine, stage 1": rates["zerobert"]}
+    assert "| +120.0 % |" in engine_overhead.tell(times, arguments)
+
+
+def test_a_peer_whose_gradients_differ_in_one_tensor_is_noticed() -> None:
+    wanted = {"a": torch.ones(4), "b": torch.ones(4, 2)}
+    filled_up = {**wanted, "a": torch.cat([wanted["a"], torch.zeros(4)])}
+    train_step.hold_against((1.0, filled_up), (1.0, wanted), "fp32")
+    swapped = {"a": torch.tensor([1.0, 1.0, 1.0, -1.0]), "b": wanted["b"]}  # of the same norm
+    with pytest.raises(ValueError, match="the gradient of a in fp32 is off by 1"):
+        train_step.hold_against((1.0, swapped), (1.0, wanted), "fp32")
+    with pytest.raises(ValueError, match=r"other parameters: \['c'\]"):
+        train_step.hold_against((1.0, {**wanted, "c": torch.zeros(1)}), (1.0, wanted), "fp32")
+
+
+def test_a_report_says_what_it_was_made_with_and_a_trial_run_overwrites_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "HERE", tmp_path / "real")
+    monkeypatch.setattr(measure, "QUICK", tmp_path / "quick")
+    what = {"title": "T", "command": "c", "sections": ["s"], "figures": {"f": 1}, "slug": "h"}
+    for is_quick in (False, True):
+        asked = argparse.Namespace(quick=is_quick, data_dir=Path("/home/me/glue"), rounds=3)
+        path = measure.write_report("theme", **what, arguments=asked)
+        assert path.parent == (measure.QUICK if is_quick else measure.HERE)
+        record = json.loads(path.with_suffix(".json").read_text())
+        assert record["arguments"] == {"quick": is_quick, "data_dir": "glue", "rounds": 3}
+        assert record["versions"]["torch"] == torch.__version__
+        assert f"torch {torch.__version__}, " in path.read_text()
+    assert measure.command("it.py", ["--data_dir", "/home/me/glue"]).endswith("--data_dir glue")
