@@ -6,8 +6,8 @@ All models have the same weights and get the same batches, in turns within one p
 anything is timed their losses and the gradient of each tensor must be equal, without dropout, and
 compilers have seen each shape. The report is written again after each round. Ours keeps 16-bit
 weights with fp32 masters, as under DeepSpeed; the others train under autocast, as their own
-trainers do. Ours uses torch's layer norm but where another one is named; on a CPU it keeps the
-memory of freed tensors, as `pretrain` and `finetune` do, and the others have glibc's own ways.
+trainers do. On a GPU ours uses torch's layer norm but where another one is named; on a CPU it keeps
+the memory of freed tensors, as `pretrain` and `finetune` do, and the others have glibc's own ways.
 """
 
 import argparse
@@ -174,7 +174,8 @@ def build(config: BertConfig, arguments: argparse.Namespace) -> dict[str, Callab
     dtype, device = DTYPES[arguments.dtype], torch.device(arguments.device)
 
     def ours(**settings: Any) -> Contender:
-        kernels = Kernels(**{"layer_norm": "torch", **settings})
+        plain_norm = {"layer_norm": "torch"} if device.type == "cuda" else {}
+        kernels = Kernels(**{**plain_norm, **settings})
         model = BertForPreTraining(config, kernels)
         model.load_state_dict(source.state_dict())
         return Contender(Ours(model).to(device), dtype, masters=True, num_shapes=kernels.num_shapes)
