@@ -322,17 +322,23 @@ def time_step(run: Run, micro_samples: int | None = None) -> Step:
 
 def _exposed_communication(run: Run, accumulation: int, micro_s: float) -> float:
     """Seconds of messages a step that the backward pass does not hide."""
-    sent_bytes = 4 if run.weights == "fp32" else 2
-    half = _half_all_reduce_s(run, sent_bytes * num_parameters(run.model))
+    parameters = num_parameters(run.model)
+    weight_bytes = 4 if run.weights == "fp32" else 2
+    # In bf16 gradients are added up, and up to stage 1 sent, in fp32.
+    grad_bytes = 4 if run.weights == "bf16" and run.stage <= 1 else weight_bytes
+    sent = _half_all_reduce_s(run, grad_bytes * parameters)
+    fetched = _half_all_reduce_s(run, weight_bytes * parameters)
     backward_s = 2 / 3 * micro_s
     hidden_s = backward_s if run.overlaps else 0.0
-    if run.stage <= 1:  # gradients once a step; then they, or the new weights, come back
-        return half + max(0.0, half - hidden_s)
+    if run.stage == 0:  # gradients once a step, to all
+        return sent + max(0.0, sent - hidden_s)
+    if run.stage == 1:  # gradients once a step, to their owners; then the new weights come back
+        return fetched + max(0.0, sent - hidden_s)
     if run.stage == 2:  # gradients go to their owners in every micro-step
-        return half + accumulation * max(0.0, half - hidden_s)
+        return fetched + accumulation * max(0.0, sent - hidden_s)
     # Stage 3 fetches the weights for each forward and each backward pass too.
     forward_s = micro_s / 3 if run.overlaps else 0.0
-    return accumulation * (max(0.0, 2 * half - hidden_s) + max(0.0, half - forward_s))
+    return accumulation * (max(0.0, fetched + sent - hidden_s) + max(0.0, fetched - forward_s))
 
 
 def _half_all_reduce_s(run: Run, num_bytes: float) -> float:

@@ -63,14 +63,14 @@ def test_a_step_by_hand() -> None:
 
 
 def test_fp32_computes_at_its_own_rate_and_moves_and_sends_twice_the_bytes() -> None:
-    low, high, tf32 = (
+    low, half, high, tf32 = (
         cost.time_step(with_stage(0, precision=precision), micro_samples=64)
-        for precision in ("bf16", "fp32", "tf32")
+        for precision in ("bf16", "fp16", "fp32", "tf32")
     )
     assert high.matmul_s == pytest.approx(low.matmul_s * 312 / 19.5)
     assert tf32.matmul_s == pytest.approx(low.matmul_s * 2)
     assert high.memory_s == tf32.memory_s == pytest.approx(low.memory_s * 2)
-    assert high.communication_s == pytest.approx(low.communication_s * 2)
+    assert high.communication_s == pytest.approx(half.communication_s * 2)
     assert high.optimizer_s == pytest.approx(low.optimizer_s * 40 / 42)
     assert 1.8 < cost.sample_bytes(with_stage(0, precision="fp32")) / cost.sample_bytes(RUN) < 2
     # Autocast: products in 16 bits, but fp32 weights, which are sent so.
@@ -78,6 +78,18 @@ def test_fp32_computes_at_its_own_rate_and_moves_and_sends_twice_the_bytes() -> 
     step = cost.time_step(cast, micro_samples=64)
     assert (step.matmul_s, step.communication_s) == (low.matmul_s, high.communication_s)
     assert cost.state_bytes(cast) == cost.state_bytes(with_stage(0, precision="fp32"))
+
+
+def test_bf16_sends_gradients_in_fp32_where_they_are_sent_once() -> None:
+    seconds = {
+        (stage, precision): cost.time_step(
+            with_stage(stage, precision=precision), micro_samples=64
+        ).communication_s
+        for stage in (0, 1, 2)
+        for precision in ("fp16", "bf16")
+    }
+    ratios = [seconds[stage, "bf16"] / seconds[stage, "fp16"] for stage in (0, 1, 2)]
+    assert ratios == pytest.approx([2, 1.5, 1])
 
 
 def test_the_default_efficiency_is_the_goal_of_docs_and_slows_all_but_messages() -> None:
