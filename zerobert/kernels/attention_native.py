@@ -20,8 +20,7 @@ def attend(
         starts: int32 [rows + 1], each row's first token, and the last one's end.
         longest: tokens of a row, at most.
     """
-    threshold = dropout.threshold(dropout_p)
-    drop = (threshold, native.new_seed() if threshold else 0)
+    drop = dropout.new_mask(dropout_p)
     mixed_TND: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
         q_TND, k_TND, v_TND, starts, longest, drop
     )

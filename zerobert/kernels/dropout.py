@@ -18,6 +18,17 @@ def threshold(p: float) -> int:
     return min(round(p * LEVELS), LEVELS - 1)
 
 
+def new_mask(p: float) -> tuple[int, int]:
+    """The `threshold`, and a seed for a kernel that makes its mask again on the way back.
+
+    From the CPU's generator: nothing waits for a device, and checkpointing restores it.
+    """
+    num_dropped = threshold(p)
+    if not num_dropped:
+        return 0, 0
+    return num_dropped, int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+
+
 def plain(x: Tensor, p: float) -> Tensor:
     """Torch's own."""
     return F.dropout(x, p)

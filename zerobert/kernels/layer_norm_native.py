@@ -16,8 +16,7 @@ def normalize(
     x_XH: Tensor, norm: nn.LayerNorm, residual_XH: Tensor | None, dropout_p: float
 ) -> Tensor:
     """What is normalised, XH."""
-    threshold = dropout.threshold(dropout_p)
-    drop = (threshold, native.new_seed() if threshold else 0)
+    drop = dropout.new_mask(dropout_p)
     if residual_XH is not None and residual_XH.dtype != x_XH.dtype:  # under autocast
         dtype = torch.promote_types(x_XH.dtype, residual_XH.dtype)
         x_XH, residual_XH = x_XH.to(dtype), residual_XH.to(dtype)

@@ -28,10 +28,8 @@ def normalize(
     x_XH: Tensor, norm: nn.LayerNorm, residual_XH: Tensor | None = None, dropout_p: float = 0.0
 ) -> Tensor:
     """Layer norm of `residual_XH + dropout(x_XH)`, summed in fp32."""
-    # From the CPU's generator: nothing waits for the device, and checkpointing restores it.
-    seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if dropout_p > 0 else 0
     normal_XH: Tensor = _LayerNorm.apply(  # type: ignore[no-untyped-call]
-        x_XH, residual_XH, norm.weight, norm.bias, norm.eps, dropout.threshold(dropout_p), seed
+        x_XH, residual_XH, norm.weight, norm.bias, norm.eps, *dropout.new_mask(dropout_p)
     )
     return normal_XH
 

@@ -152,7 +152,7 @@ def test_layer_norm_drops_the_branch_and_its_gradient_alike() -> None:
     torch.manual_seed(1)
     got = layer_norm.native(branch, norm, residual, 0.3)
     torch.manual_seed(1)
-    drop = (dropout.threshold(0.3), native.new_seed())
+    drop = dropout.new_mask(0.3)
     _, sums, *_ = native.layer_norm_forward(
         torch.ones(50, 128), torch.zeros(50, 128), norm.weight, norm.bias, 1e-5, drop
     )

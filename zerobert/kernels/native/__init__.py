@@ -112,11 +112,6 @@ def _call(name: str, shape: ctypes.Structure, *tensors: Tensor | None) -> None:
         raise MemoryError(f"no memory for {name}")
 
 
-def new_seed() -> int:
-    """A seed for the masks of one call, by torch's global generator."""
-    return int(torch.empty((), dtype=torch.int64).random_())
-
-
 def attention_forward(
     q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, starts: Tensor, longest: int, drop: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
