@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from finetune.data import Examples, Labels
 from zerobert import distributed, signals
+from zerobert.checkpoint import ModelFolder
 from zerobert.device import copied_to
+from zerobert.errors import ConfigError
 from zerobert.packing import pack
 from zerobert.signals import StopRequest
 from zerobert.tokenizer import WordPieceTokenizer
@@ -102,6 +104,19 @@ class Encoded:
         assert self.labels is not None
         labels_B = copied_to(outputs.device, torch.from_numpy(self.labels[indices]))
         return loss_sum(outputs.float(), labels_B)
+
+
+def choose_length(folder: ModelFolder, asked: int | None, usual: int) -> int:
+    """The tokens of a row at most: as asked, else as usual or as many as the model knows.
+
+    Raises:
+        ConfigError: more than the model knows are asked for.
+    """
+    limit = folder.config.max_position_embeddings
+    length = min(usual, limit) if asked is None else asked
+    if length > limit:
+        raise ConfigError(f"--max_seq_length {length}: {folder.path} was made for at most {limit}")
+    return length
 
 
 def encode(examples: Examples, tokenizer: WordPieceTokenizer, *, max_seq_length: int) -> Encoded:

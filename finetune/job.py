@@ -76,7 +76,7 @@ def prepare(
     with distributed.one_voice():
         folder = checkpoint.open_model(model)
         tokenizer = checkpoint.load_tokenizer(folder)
-        length = _choose_length(folder, max_seq_length)
+        length = batches.choose_length(folder, max_seq_length, batches.SEQ_LENGTH)
         _check_labels(task, folder)
         where = data.choose_folder(task, data_dir) if task.folders else Path()
         task = data.with_labelled(task, where)
@@ -109,14 +109,6 @@ def prepare(
         test_versions=test_versions,
         stop=stop,
     )
-
-
-def _choose_length(folder: ModelFolder, asked: int | None) -> int:
-    limit = folder.config.max_position_embeddings
-    length = min(batches.SEQ_LENGTH, limit) if asked is None else asked
-    if length > limit:
-        raise ConfigError(f"--max_seq_length {length}: {folder.path} was made for at most {limit}")
-    return length
 
 
 def _check_labels(task: Task, folder: ModelFolder) -> None:

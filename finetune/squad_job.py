@@ -107,7 +107,7 @@ def prepare(args: argparse.Namespace, model: str, stop: StopRequest) -> Job:
                 raise ConfigError(f"--{name}: wanted 1 or more, got {getattr(args, name)}")
         folder = checkpoint.open_model(model)
         tokenizer = checkpoint.load_tokenizer(folder)
-        length = _choose_length(folder, args.max_seq_length)
+        length = batches.choose_length(folder, args.max_seq_length, squad.MAX_SEQ_LENGTH)
         versions = {"model": checkpoint.version(folder.path), "vocabulary": tokenizer.sha256}
     windows = {
         "max_seq_length": length,
@@ -143,14 +143,6 @@ def prepare(args: argparse.Namespace, model: str, stop: StopRequest) -> Job:
         versions=versions,
         stop=stop,
     )
-
-
-def _choose_length(folder: ModelFolder, asked: int | None) -> int:
-    limit = folder.config.max_position_embeddings
-    length = min(squad.MAX_SEQ_LENGTH, limit) if asked is None else asked
-    if length > limit:
-        raise ConfigError(f"--max_seq_length {length}: {folder.path} was made for at most {limit}")
-    return length
 
 
 def fine_tune(
