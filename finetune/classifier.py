@@ -69,11 +69,9 @@ def open_classifier(
             f"{folder.path} is not fine-tuned: it has no sentence classifier of "
             f"{len(labels) or 1} outputs; give the output folder of finetune/run_glue.py"
         )
-    limit = folder.config.max_position_embeddings
     source = _source(folder.path)
-    length = max_seq_length or source.get("max_seq_length") or min(batches.SEQ_LENGTH, limit)
-    if length > limit:
-        raise ConfigError(f"--max_seq_length {length}: {folder.path} was made for at most {limit}")
+    asked = max_seq_length or source.get("max_seq_length") or None
+    length = batches.choose_length(folder, asked, batches.SEQ_LENGTH)
     return Classifier(
         model=model.to(device),
         tokenizer=checkpoint.load_tokenizer(folder),
