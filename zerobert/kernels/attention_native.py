@@ -38,7 +38,12 @@ class _Attention(Function):
         longest: int,
         drop: tuple[int, int],
     ) -> Tensor:
-        inputs = (q_TND.contiguous(), k_TND.contiguous(), v_TND.contiguous())
+        inputs = (q_TND, k_TND, v_TND)
+        # Parts of one product lie apart, each token's heads together; they are read where they are.
+        width = q_TND.shape[-1]
+        steps = {x_TND.stride(0) for x_TND in inputs}
+        if {x_TND.stride()[1:] for x_TND in inputs} != {(width, 1)} or len(steps) > 1:
+            inputs = (q_TND.contiguous(), k_TND.contiguous(), v_TND.contiguous())
         made = native.attention_forward(*inputs, starts, longest, drop)
         ctx.save_for_backward(*inputs, *made, starts)
         ctx.longest, ctx.drop = longest, drop

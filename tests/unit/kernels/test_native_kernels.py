@@ -58,12 +58,19 @@ def test_attention_agrees_in_value_and_gradient(
 
 @needs_native
 def test_attention_in_parts_of_a_wider_product() -> None:
-    """As queries, keys and values come where their projections are fused."""
-    tokens, layout, _ = make_tokens(2, 8, 16, [16, 9, 1, 12], torch.float32)
-    wide = torch.stack([token.detach() for token in tokens], dim=1)
-    torch.testing.assert_close(
-        attention.native(*wide.unbind(1), layout, 0.0), attention.native(*tokens, layout, 0.0)
-    )
+    """As queries, keys and values come where their projections are fused; and other strides."""
+    tokens, layout, grad = make_tokens(2, 8, 16, [16, 9, 1, 12], torch.float32)
+    wanted = attention.native(*tokens, layout, 0.0)
+    wanted_grads = torch.autograd.grad(wanted, tokens, grad)
+    parts = torch.stack([token.detach() for token in tokens], dim=1).unbind(1)
+    uneven = (tokens[0].detach(), *parts[1:])
+    heads_first = [token.detach().transpose(0, 1).contiguous().transpose(0, 1) for token in tokens]
+    for strided in (parts, uneven, heads_first):
+        inputs = [part.requires_grad_() for part in strided]
+        got = attention.native(*inputs, layout, 0.0)
+        assert torch.equal(got, wanted)
+        for pair in zip(torch.autograd.grad(got, inputs, grad), wanted_grads, strict=True):
+            assert torch.equal(*pair)
 
 
 @needs_native
@@ -122,23 +129,39 @@ def philox(counter: list[int], key: list[int]) -> list[int]:
     return counter
 
 
+def xoshiro(state: list[int]) -> tuple[int, list[int]]:
+    """Blackman and Vigna's xoshiro128++: a number, and the next state."""
+
+    def rotated(word: int, left: int) -> int:
+        return (word << left | word >> (32 - left)) % 2**32
+
+    a, b, c, d = state
+    number = (rotated((a + d) % 2**32, 7) + a) % 2**32
+    return number, [a ^ d ^ b, b ^ c ^ a, c ^ a ^ (b << 9) % 2**32, rotated(d ^ b, 11)]
+
+
 @needs_native
-def test_masks_are_philoxs() -> None:
-    # The first known answers of Random123's kat_vectors.
+def test_masks_are_those_of_the_published_generators() -> None:
+    # The first known answers of Random123's kat_vectors; xoshiro128++ from 1, 2, 3, 4 gives these
+    # in the crate rand_xoshiro, whose numbers come from the authors' program.
     assert philox([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    state, first = [1, 2, 3, 4], []
+    for _ in range(4):
+        number, state = xoshiro(state)
+        first.append(number)
+    assert first == [641, 1573767, 3222811527, 3517856514]
     seed, width, num_rows = 0x0123456789ABCDEF, 200, 3
     threshold = dropout.threshold(0.25)
     ones, weight, bias = torch.ones(num_rows, width), torch.ones(width), torch.zeros(width)
     _, dropped, *_ = native.layer_norm_forward(ones, None, weight, bias, 1e-5, (threshold, seed))
     for row in range(num_rows):
+        key = [seed % 2**32, seed >> 32]
+        lanes = [philox([lane, row, 0, 0], key) for lane in range(16)]
         numbers: list[int] = []
-        for block in range(2):
-            lanes = [
-                philox([16 * block + lane, row, 0, 0], [seed % 2**32, seed >> 32])
-                for lane in range(16)
-            ]
-            words = [word for column in zip(*lanes, strict=True) for word in column]
-            numbers += [half for word in words for half in (word % 2**16, word >> 16)]
+        while len(numbers) < width:
+            for lane, state in enumerate(lanes):
+                number, lanes[lane] = xoshiro(state)
+                numbers += [number % 2**16, number >> 16]
         is_kept = torch.tensor(numbers[:width]) >= threshold
         torch.testing.assert_close(dropped[row], is_kept / (1 - 0.25))
 
@@ -258,7 +281,7 @@ tests.test_attention_drops_weights_and_their_gradients_alike()
 for residual in (True, False):
     for dtype, error in ((tests.torch.float32, 2e-5), (tests.torch.bfloat16, 3e-2)):
         tests.test_layer_norm_agrees_in_value_and_gradient(residual, 48, dtype, error)
-tests.test_masks_are_philoxs()
+tests.test_masks_are_those_of_the_published_generators()
 tests.test_the_number_of_threads_does_not_matter()
 """
 

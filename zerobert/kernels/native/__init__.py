@@ -1,7 +1,7 @@
 """The kernels of a CPU in C, which share threads with torch: attention and layer norm.
 
 They are built at their first use; `refusal` says why they can't serve where they can't. Tensors are
-contiguous, in fp32 or bf16, and on the CPU.
+contiguous but where it is said, in fp32 or bf16, and on the CPU.
 """
 
 import ctypes
@@ -37,6 +37,7 @@ class _AttentionShape(ctypes.Structure):
         ("num_heads", ctypes.c_int64),
         ("width", ctypes.c_int64),
         ("longest", ctypes.c_int64),
+        ("step", ctypes.c_int64),
         ("is_bf16", ctypes.c_int64),
         ("threshold", ctypes.c_int64),
         ("seed", ctypes.c_int64),
@@ -118,6 +119,7 @@ def attention_forward(
     """Mixed values TND, and the logarithms of the softmax's sums, TN in fp32.
 
     Args:
+        q_TND, k_TND, v_TND: tokens may be further apart, by as much in all three.
         starts: int32 [rows + 1], each row's first token, and the last one's end.
         longest: tokens of a row, at most.
         drop: of 65,536 weights so many are dropped; and a seed.
@@ -155,6 +157,7 @@ def _attention_shape(
         len(starts) - 1,
         *q_TND.shape[1:],
         longest,
+        q_TND.stride(0),
         q_TND.dtype == torch.bfloat16,
         *drop,
         torch.get_num_threads(),
@@ -163,7 +166,7 @@ def _attention_shape(
 
 def _over_rows(like_TND: Tensor, starts: Tensor) -> Tensor:
     """A tensor for what is computed of rows; tokens that are in none have zeros."""
-    out_TND = torch.empty_like(like_TND)
+    out_TND = like_TND.new_empty(like_TND.shape)
     out_TND[int(starts[-1]) :] = 0
     return out_TND
 

@@ -22,23 +22,32 @@ typedef struct {
     const int32_t *starts; /* [rows + 1], each row's first token, and the last one's end */
     int64_t num_rows, num_heads, width;
     int64_t longest; /* tokens of a row */
+    int64_t step;    /* from a token to the next one in queries, keys and values */
     int64_t is_bf16;
     int64_t threshold; /* of 65,536 weights so many are dropped */
     int64_t seed;
     int64_t num_threads;
 } Shape;
 
+/* How far apart rows of so many values lie, with room for whole tiles: an odd number of cache lines,
+ * because rows that are a power of two apart all fall into the same few sets of the cache. */
+static inline int64_t stride_of(int64_t columns)
+{
+    const int64_t line = 16;
+    return (rounded_up(columns, TILE_COLUMNS) / line | 1) * line;
+}
+
 /* A few rows of `multiply`, kept in registers. */
 static inline __attribute__((always_inline)) void tile(
     int num_rows, int64_t depth, const float *left, int64_t left_row, int64_t left_column,
-    const float *right, float *product, int64_t columns, int adds)
+    const float *right, int64_t right_row, float *product, int64_t product_row, int adds)
 {
     Vector sums[TILE_ROWS][2];
     for (int i = 0; i < num_rows; i++)
         for (int j = 0; j < 2; j++)
-            sums[i][j] = adds ? *(const Vector *)(product + i * columns + j * LANES) : (Vector){0};
+            sums[i][j] = adds ? *(const Vector *)(product + i * product_row + j * LANES) : (Vector){0};
     for (int64_t k = 0; k < depth; k++) {
-        const float *values = right + k * columns;
+        const float *values = right + k * right_row;
         Vector first = *(const Vector *)values, second = *(const Vector *)(values + LANES);
         for (int i = 0; i < num_rows; i++) {
             float factor = left[i * left_row + k * left_column];
@@ -48,21 +57,23 @@ static inline __attribute__((always_inline)) void tile(
     }
     for (int i = 0; i < num_rows; i++)
         for (int j = 0; j < 2; j++)
-            *(Vector *)(product + i * columns + j * LANES) = sums[i][j];
+            *(Vector *)(product + i * product_row + j * LANES) = sums[i][j];
 }
 
 /* product[rows, columns] = left[rows, depth] right[depth, columns], or added to it.
  *
- * `columns` is a multiple of TILE_COLUMNS; rows and columns of `left` are any distances apart. */
+ * Whole tiles are computed, so the columns' strides have room for them, as `stride_of` gives. The
+ * other numbers are how far apart rows, or columns, lie. */
 static void multiply(
     int64_t rows, int64_t columns, int64_t depth, const float *left, int64_t left_row,
-    int64_t left_column, const float *right, float *product, int adds)
+    int64_t left_column, const float *right, int64_t right_row, float *product,
+    int64_t product_row, int adds)
 {
     for (int64_t j = 0; j < columns; j += TILE_COLUMNS) {
         int64_t i = 0;
 #define TILE(n) \
-    tile(n, depth, left + i * left_row, left_row, left_column, right + j, \
-         product + i * columns + j, columns, adds)
+    tile(n, depth, left + i * left_row, left_row, left_column, right + j, right_row, \
+         product + i * product_row + j, product_row, adds)
         for (; i + TILE_ROWS <= rows; i += TILE_ROWS)
             TILE(TILE_ROWS);
         switch (rows - i) {
@@ -97,15 +108,15 @@ static inline float exp_of(float x)
 /* A thread's memory, handed out piece by piece. */
 typedef struct {
     float *block, *free;
-    uint16_t *numbers;
+    uint16_t *drawn;
 } Scratch;
 
 static int open_scratch(Scratch *scratch, int64_t num_values, int64_t num_numbers)
 {
     size_t bytes = (size_t)rounded_up(4 * num_values, 64);
     scratch->block = scratch->free = aligned_alloc(64, bytes);
-    scratch->numbers = malloc((size_t)(2 * rounded_up(num_numbers, DRAWS)));
-    return scratch->block && scratch->numbers;
+    scratch->drawn = malloc((size_t)(2 * rounded_up(num_numbers, DRAWS)));
+    return scratch->block && scratch->drawn;
 }
 
 static float *take(Scratch *scratch, int64_t num_values)
@@ -118,39 +129,40 @@ static float *take(Scratch *scratch, int64_t num_values)
 static void close_scratch(Scratch *scratch)
 {
     free(scratch->block);
-    free(scratch->numbers);
+    free(scratch->drawn);
 }
 
-/* Read a head of some tokens, [number, padded], with zeros behind its values. */
+/* Read a head of some tokens, [number, width], with zeros behind the values of each. */
 static void load_head(
     float *values, const void *tokens, int64_t first, int64_t number, int64_t step, int64_t width,
-    int64_t padded, int is_bf16)
+    int is_bf16)
 {
+    const int64_t apart = stride_of(width);
     for (int64_t i = 0; i < number; i++) {
-        float *row = values + i * padded;
+        float *row = values + i * apart;
         load(row, tokens, first + i * step, width, is_bf16);
-        for (int64_t d = width; d < padded; d++)
+        for (int64_t d = width; d < apart; d++)
             row[d] = 0.0f;
     }
 }
 
 static void store_head(
     void *tokens, const float *values, int64_t first, int64_t number, int64_t step, int64_t width,
-    int64_t padded, int is_bf16)
+    int is_bf16)
 {
     for (int64_t i = 0; i < number; i++)
-        store(tokens, values + i * padded, first + i * step, width, is_bf16);
+        store(tokens, values + i * stride_of(width), first + i * step, width, is_bf16);
 }
 
-/* [number, padded] -> [width, columns], with zeros behind the values. */
+/* [number, width] -> [width, number], with zeros behind the values of each row. */
 static void transpose(
-    float *restrict columns_first, const float *restrict values, int64_t number, int64_t width,
-    int64_t padded, int64_t columns)
+    float *restrict columns_first, const float *restrict values, int64_t number, int64_t width)
 {
+    const int64_t apart = stride_of(width), columns = stride_of(number);
     for (int64_t d = 0; d < width; d++) {
         float *row = columns_first + d * columns;
         for (int64_t i = 0; i < number; i++)
-            row[i] = values[i * padded + d];
+            row[i] = values[i * apart + d];
         for (int64_t i = number; i < columns; i++)
             row[i] = 0.0f;
     }
@@ -162,25 +174,28 @@ static void scale_by(float *values, int64_t number, float factor)
         values[i] *= factor;
 }
 
-/* Scores of one query -> its weights, dropped out; returns the logarithm of the sum. */
-static float weigh(float *scores, int64_t number, const uint16_t *numbers, int64_t threshold)
+/* Scores of one query -> its weights, dropped out, but for a factor, which is returned; `log_sum` is
+ * the logarithm of the sum. */
+static float weigh(
+    float *scores, int64_t number, const uint16_t *drawn, int64_t threshold, float *log_sum)
 {
     float most = -INFINITY, sum = 0.0f;
 #pragma omp simd reduction(max : most)
     for (int64_t j = 0; j < number; j++)
         most = scores[j] > most ? scores[j] : most;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < number; j++) {
-        scores[j] = exp_of(scores[j] - most);
-        sum += scores[j];
-    }
-    float factor = scale_of_kept(threshold) / sum;
     if (threshold)
-        for (int64_t j = 0; j < number; j++)
-            scores[j] = numbers[j] >= threshold ? scores[j] * factor : 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < number; j++) {
+            float weight = exp_of(scores[j] - most);
+            sum += weight;
+            scores[j] = drawn[j] >= threshold ? weight : 0.0f;
+        }
     else
-        scale_by(scores, number, factor);
-    return most + logf(sum);
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < number; j++)
+            sum += scores[j] = exp_of(scores[j] - most);
+    *log_sum = most + logf(sum);
+    return scale_of_kept(threshold) / sum;
 }
 
 /* Scores of one query -> its weights, dropped out; gradients of those -> gradients of the scores.
@@ -189,13 +204,13 @@ static float weigh(float *scores, int64_t number, const uint16_t *numbers, int64
  *     along: the product of the query's output and its gradient. */
 static void weigh_back(
     float *scores, float *grads, int64_t number, float log_sum, float along,
-    const uint16_t *numbers, int64_t threshold)
+    const uint16_t *drawn, int64_t threshold)
 {
     float kept = scale_of_kept(threshold);
     if (threshold)
         for (int64_t j = 0; j < number; j++) {
             float weight = exp_of(scores[j] - log_sum);
-            float scale = numbers[j] >= threshold ? kept : 0.0f;
+            float scale = drawn[j] >= threshold ? kept : 0.0f;
             grads[j] = weight * (scale * grads[j] - along);
             scores[j] = weight * scale;
         }
@@ -209,27 +224,29 @@ static void weigh_back(
 /* Mix values by attention.
  *
  * Args:
- *     q, k, v, out: [tokens, heads, D]; tokens that are in no row are not written.
+ *     q, k, v: [tokens, heads, D], tokens being `step` apart.
+ *     out: [tokens, heads, D]; tokens that are in no row are not written.
  *     log_sums: [tokens, heads], for the way back.
  *
  * Returns 0 where there was no memory. */
 EXPORTED int64_t attention_forward(
     const Shape *shape, const void *q, const void *k, const void *v, void *out, float *log_sums)
 {
-    const int64_t width = shape->width, heads = shape->num_heads, step = heads * width;
-    const int64_t padded = rounded_up(width, TILE_COLUMNS);
-    const int64_t most = rounded_up(shape->longest, TILE_COLUMNS);
+    const int64_t width = shape->width, heads = shape->num_heads, step = shape->step;
+    const int64_t wide = stride_of(width), most = stride_of(shape->longest);
     const float scale = 1.0f / sqrtf((float)width);
     const int is_bf16 = (int)shape->is_bf16;
     int is_done = 1;
 #pragma omp parallel num_threads((int)shape->num_threads)
     {
         Scratch scratch;
-        int64_t num_values = 2 * most * padded + width * most + QUERIES * (2 * padded + most);
+        int64_t num_values =
+            2 * shape->longest * wide + width * most + QUERIES * (2 * wide + most);
         int has_memory = open_scratch(&scratch, num_values, most);
-        float *keys = take(&scratch, most * padded), *values = take(&scratch, most * padded);
+        float *keys = take(&scratch, shape->longest * wide);
+        float *values = take(&scratch, shape->longest * wide);
         float *keys_first = take(&scratch, width * most);
-        float *queries = take(&scratch, QUERIES * padded), *mixed = take(&scratch, QUERIES * padded);
+        float *queries = take(&scratch, QUERIES * wide), *mixed = take(&scratch, QUERIES * wide);
         float *scores = take(&scratch, QUERIES * most);
         if (!has_memory) {
 #pragma omp atomic write
@@ -238,29 +255,34 @@ EXPORTED int64_t attention_forward(
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < shape->num_rows * heads; task++) {
             int64_t row = task / heads, head = task % heads, start = shape->starts[row];
-            int64_t length = shape->starts[row + 1] - start, columns = rounded_up(length, TILE_COLUMNS);
+            int64_t length = shape->starts[row + 1] - start, columns = stride_of(length);
             int64_t place = start * step + head * width;
+            Numbers numbers;
             if (!has_memory)
                 continue;
-            load_head(keys, k, place, length, step, width, padded, is_bf16);
-            transpose(keys_first, keys, length, width, padded, columns);
-            load_head(values, v, place, length, step, width, padded, is_bf16);
+            begin(&numbers, (uint64_t)shape->seed, (uint32_t)head, (uint32_t)start);
+            load_head(keys, k, place, length, step, width, is_bf16);
+            transpose(keys_first, keys, length, width);
+            load_head(values, v, place, length, step, width, is_bf16);
             for (int64_t first = 0; first < length; first += QUERIES) {
                 int64_t number = length - first < QUERIES ? length - first : QUERIES;
-                int64_t here = place + first * step;
-                load_head(queries, q, here, number, step, width, padded, is_bf16);
-                scale_by(queries, number * padded, scale);
-                multiply(number, columns, width, queries, padded, 1, keys_first, scores, 0);
+                load_head(queries, q, place + first * step, number, step, width, is_bf16);
+                scale_by(queries, number * wide, scale);
+                multiply(number, length, width, queries, wide, 1, keys_first, columns, scores,
+                         columns, 0);
+                float factors[QUERIES];
                 for (int64_t i = 0; i < number; i++) {
-                    int64_t token = start + first + i;
                     if (shape->threshold)
-                        draw(scratch.numbers, length, (uint64_t)shape->seed, (uint32_t)head,
-                             (uint32_t)token);
-                    log_sums[token * heads + head] =
-                        weigh(scores + i * columns, length, scratch.numbers, shape->threshold);
+                        draw(&numbers, scratch.drawn, length);
+                    factors[i] = weigh(scores + i * columns, length, scratch.drawn,
+                                       shape->threshold,
+                                       &log_sums[(start + first + i) * heads + head]);
                 }
-                multiply(number, padded, length, scores, columns, 1, values, mixed, 0);
-                store_head(out, mixed, here, number, step, width, padded, is_bf16);
+                multiply(number, width, length, scores, columns, 1, values, wide, mixed, wide, 0);
+                for (int64_t i = 0; i < number; i++)
+                    scale_by(mixed + i * wide, width, factors[i]);
+                store_head(out, mixed, ((start + first) * heads + head) * width, number,
+                           heads * width, width, is_bf16);
             }
         }
         close_scratch(&scratch);
@@ -272,15 +294,14 @@ EXPORTED int64_t attention_forward(
  *
  * Args:
  *     out, log_sums: what `attention_forward` wrote.
- *     out_grad: [tokens, heads, D].
- *     q_grad, k_grad, v_grad: likewise; tokens that are in no row are not written. */
+ *     out_grad, q_grad, k_grad, v_grad: [tokens, heads, D]; tokens that are in no row are neither
+ *         read nor written. */
 EXPORTED int64_t attention_backward(
     const Shape *shape, const void *q, const void *k, const void *v, const void *out,
     const float *log_sums, const void *out_grad, void *q_grad, void *k_grad, void *v_grad)
 {
-    const int64_t width = shape->width, heads = shape->num_heads, step = heads * width;
-    const int64_t padded = rounded_up(width, TILE_COLUMNS);
-    const int64_t most = rounded_up(shape->longest, TILE_COLUMNS);
+    const int64_t width = shape->width, heads = shape->num_heads, step = shape->step;
+    const int64_t wide = stride_of(width), most = stride_of(shape->longest), all = heads * width;
     const float scale = 1.0f / sqrtf((float)width);
     const int is_bf16 = (int)shape->is_bf16;
     int is_done = 1;
@@ -288,13 +309,14 @@ EXPORTED int64_t attention_backward(
     {
         Scratch scratch;
         int64_t num_values =
-            3 * most * padded + 2 * width * most + QUERIES * (3 * padded + 2 * most);
+            3 * shape->longest * wide + 2 * width * most + QUERIES * (3 * wide + 2 * most);
         int has_memory = open_scratch(&scratch, num_values, most);
-        float *keys = take(&scratch, most * padded);
-        float *key_grads = take(&scratch, most * padded), *value_grads = take(&scratch, most * padded);
+        float *keys = take(&scratch, shape->longest * wide);
+        float *key_grads = take(&scratch, shape->longest * wide);
+        float *value_grads = take(&scratch, shape->longest * wide);
         float *keys_first = take(&scratch, width * most), *values_first = take(&scratch, width * most);
-        float *queries = take(&scratch, QUERIES * padded), *outs = take(&scratch, QUERIES * padded);
-        float *grads = take(&scratch, QUERIES * padded);
+        float *queries = take(&scratch, QUERIES * wide), *outs = take(&scratch, QUERIES * wide);
+        float *grads = take(&scratch, QUERIES * wide);
         float *weights = take(&scratch, QUERIES * most), *score_grads = take(&scratch, QUERIES * most);
         if (!has_memory) {
 #pragma omp atomic write
@@ -303,45 +325,49 @@ EXPORTED int64_t attention_backward(
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < shape->num_rows * heads; task++) {
             int64_t row = task / heads, head = task % heads, start = shape->starts[row];
-            int64_t length = shape->starts[row + 1] - start, columns = rounded_up(length, TILE_COLUMNS);
-            int64_t place = start * step + head * width;
+            int64_t length = shape->starts[row + 1] - start, columns = stride_of(length);
+            int64_t place = start * step + head * width, place_of_grads = start * all + head * width;
+            Numbers numbers;
             if (!has_memory)
                 continue;
-            load_head(keys, v, place, length, step, width, padded, is_bf16);
-            transpose(values_first, keys, length, width, padded, columns);
-            load_head(keys, k, place, length, step, width, padded, is_bf16);
-            transpose(keys_first, keys, length, width, padded, columns);
+            begin(&numbers, (uint64_t)shape->seed, (uint32_t)head, (uint32_t)start);
+            load_head(keys, v, place, length, step, width, is_bf16);
+            transpose(values_first, keys, length, width);
+            load_head(keys, k, place, length, step, width, is_bf16);
+            transpose(keys_first, keys, length, width);
             for (int64_t first = 0; first < length; first += QUERIES) {
                 int64_t number = length - first < QUERIES ? length - first : QUERIES;
-                int64_t here = place + first * step;
-                load_head(queries, q, here, number, step, width, padded, is_bf16);
-                scale_by(queries, number * padded, scale);
-                load_head(outs, out, here, number, step, width, padded, is_bf16);
-                load_head(grads, out_grad, here, number, step, width, padded, is_bf16);
-                multiply(number, columns, width, queries, padded, 1, keys_first, weights, 0);
-                multiply(number, columns, width, grads, padded, 1, values_first, score_grads, 0);
+                int64_t here = place_of_grads + first * all;
+                load_head(queries, q, place + first * step, number, step, width, is_bf16);
+                scale_by(queries, number * wide, scale);
+                load_head(outs, out, here, number, all, width, is_bf16);
+                load_head(grads, out_grad, here, number, all, width, is_bf16);
+                multiply(number, length, width, queries, wide, 1, keys_first, columns, weights,
+                         columns, 0);
+                multiply(number, length, width, grads, wide, 1, values_first, columns, score_grads,
+                         columns, 0);
                 for (int64_t i = 0; i < number; i++) {
-                    int64_t token = start + first + i;
                     float along = 0.0f;
 #pragma omp simd reduction(+ : along)
                     for (int64_t d = 0; d < width; d++)
-                        along += outs[i * padded + d] * grads[i * padded + d];
+                        along += outs[i * wide + d] * grads[i * wide + d];
                     if (shape->threshold)
-                        draw(scratch.numbers, length, (uint64_t)shape->seed, (uint32_t)head,
-                             (uint32_t)token);
+                        draw(&numbers, scratch.drawn, length);
                     weigh_back(weights + i * columns, score_grads + i * columns, length,
-                               log_sums[token * heads + head], along, scratch.numbers,
-                               shape->threshold);
+                               log_sums[(start + first + i) * heads + head], along,
+                               scratch.drawn, shape->threshold);
                 }
                 int adds = first > 0;
-                multiply(length, padded, number, weights, 1, columns, grads, value_grads, adds);
-                multiply(length, padded, number, score_grads, 1, columns, queries, key_grads, adds);
-                multiply(number, padded, length, score_grads, columns, 1, keys, outs, 0);
-                scale_by(outs, number * padded, scale);
-                store_head(q_grad, outs, here, number, step, width, padded, is_bf16);
+                multiply(length, width, number, weights, 1, columns, grads, wide, value_grads, wide,
+                         adds);
+                multiply(length, width, number, score_grads, 1, columns, queries, wide, key_grads,
+                         wide, adds);
+                multiply(number, width, length, score_grads, columns, 1, keys, wide, outs, wide, 0);
+                scale_by(outs, number * wide, scale);
+                store_head(q_grad, outs, here, number, all, width, is_bf16);
             }
-            store_head(k_grad, key_grads, place, length, step, width, padded, is_bf16);
-            store_head(v_grad, value_grads, place, length, step, width, padded, is_bf16);
+            store_head(k_grad, key_grads, place_of_grads, length, all, width, is_bf16);
+            store_head(v_grad, value_grads, place_of_grads, length, all, width, is_bf16);
         }
         close_scratch(&scratch);
     }

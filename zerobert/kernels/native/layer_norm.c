@@ -21,13 +21,15 @@ typedef struct {
     double eps;
 } Shape;
 
-/* values *= the mask that `draw` gives for this row, scaled. */
-static void drop_out(float *values, uint16_t *numbers, const Shape *shape, int64_t row)
+/* values *= the mask of this row, scaled. */
+static void drop_out(float *values, uint16_t *drawn, const Shape *shape, int64_t row)
 {
     float kept = scale_of_kept(shape->threshold);
-    draw(numbers, shape->width, (uint64_t)shape->seed, 0, (uint32_t)row);
+    Numbers numbers;
+    begin(&numbers, (uint64_t)shape->seed, 0, (uint32_t)row);
+    draw(&numbers, drawn, shape->width);
     for (int64_t i = 0; i < shape->width; i++)
-        values[i] = numbers[i] >= shape->threshold ? values[i] * kept : 0.0f;
+        values[i] = drawn[i] >= shape->threshold ? values[i] * kept : 0.0f;
 }
 
 /* Normalise rows.
@@ -49,10 +51,10 @@ EXPORTED int64_t layer_norm_forward(
 #pragma omp parallel num_threads((int)shape->num_threads)
     {
         float *memory = malloc((size_t)(4 * 4 * width));
-        uint16_t *numbers = malloc((size_t)(2 * rounded_up(width, DRAWS)));
+        uint16_t *drawn = malloc((size_t)(2 * rounded_up(width, DRAWS)));
         float *values = memory, *others = memory + width;
         float *weights = memory + 2 * width, *biases = memory + 3 * width;
-        int has_memory = memory && numbers;
+        int has_memory = memory && drawn;
         if (has_memory) {
             load(weights, weight, 0, width, (int)shape->has_bf16_weights);
             load(biases, bias, 0, width, (int)shape->has_bf16_weights);
@@ -66,7 +68,7 @@ EXPORTED int64_t layer_norm_forward(
                 continue;
             load(values, branch, row * width, width, is_bf16);
             if (shape->threshold)
-                drop_out(values, numbers, shape, row);
+                drop_out(values, drawn, shape, row);
             if (residual) {
                 load(others, residual, row * width, width, is_bf16);
                 for (int64_t i = 0; i < width; i++)
@@ -92,7 +94,7 @@ EXPORTED int64_t layer_norm_forward(
             inverses[row] = inverse;
         }
         free(memory);
-        free(numbers);
+        free(drawn);
     }
     return is_done;
 }
@@ -116,9 +118,9 @@ EXPORTED int64_t layer_norm_backward(
 #pragma omp parallel num_threads((int)shape->num_threads)
     {
         float *memory = malloc((size_t)(4 * 3 * width));
-        uint16_t *numbers = malloc((size_t)(2 * rounded_up(width, DRAWS)));
+        uint16_t *drawn = malloc((size_t)(2 * rounded_up(width, DRAWS)));
         float *grads = memory, *values = memory + width, *weights = memory + 2 * width;
-        int has_memory = memory && numbers;
+        int has_memory = memory && drawn;
         if (has_memory)
             load(weights, weight, 0, width, (int)shape->has_bf16_weights);
         else {
@@ -153,13 +155,13 @@ EXPORTED int64_t layer_norm_backward(
                 if (sum_grad)
                     store(sum_grad, grads, row * width, width, is_bf16);
                 if (branch_grad) {
-                    drop_out(grads, numbers, shape, row);
+                    drop_out(grads, drawn, shape, row);
                     store(branch_grad, grads, row * width, width, is_bf16);
                 }
             }
         }
         free(memory);
-        free(numbers);
+        free(drawn);
     }
     return is_done;
 }

@@ -18,7 +18,7 @@
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 #define DRAW_LANES 16
-#define DRAWS (8 * DRAW_LANES) /* random numbers made at a time */
+#define DRAWS (2 * DRAW_LANES) /* random numbers made at a time */
 #define ROUNDS 10
 
 static inline int64_t rounded_up(int64_t number, int64_t unit)
@@ -86,36 +86,66 @@ static inline float scale_of_kept(int64_t threshold)
 }
 
 /* 16-bit random numbers that are a function of a seed and of a place, so that a mask is made again
- * rather than kept: Philox4x32-10, its counter being (lane, row, stream, 0).
+ * rather than kept: xoshiro128++ in lanes, each from a state that Philox4x32-10 makes of its counter
+ * (lane, row, stream, 0).
  *
- * There must be room for a multiple of DRAWS. Source: Salmon et al. 2011, "Parallel random numbers:
- * as easy as 1, 2, 3". */
-static inline void draw(
-    uint16_t *numbers, int64_t number, uint64_t seed, uint32_t stream, uint32_t row)
+ * Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; Blackman and Vigna 2021,
+ * "Scrambled linear pseudorandom number generators". */
+typedef struct {
+    uint32_t words[4][DRAW_LANES];
+} Numbers;
+
+static inline void begin(Numbers *numbers, uint64_t seed, uint32_t stream, uint32_t row)
 {
-    for (int64_t first = 0; first < number; first += DRAWS) {
-        uint32_t words[4][DRAW_LANES];
-        for (uint32_t lane = 0; lane < DRAW_LANES; lane++) {
-            words[0][lane] = (uint32_t)(first / DRAWS) * DRAW_LANES + lane;
-            words[1][lane] = row;
-            words[2][lane] = stream;
-            words[3][lane] = 0;
-        }
-        uint32_t keys[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
-        for (int round = 0; round < ROUNDS; round++) {
-            for (int lane = 0; lane < DRAW_LANES; lane++) {
-                uint64_t left = 0xD2511F53u * (uint64_t)words[0][lane];
-                uint64_t right = 0xCD9E8D57u * (uint64_t)words[2][lane];
-                words[0][lane] = (uint32_t)(right >> 32) ^ words[1][lane] ^ keys[0];
-                words[1][lane] = (uint32_t)right;
-                words[2][lane] = (uint32_t)(left >> 32) ^ words[3][lane] ^ keys[1];
-                words[3][lane] = (uint32_t)left;
-            }
-            keys[0] += 0x9E3779B9u;
-            keys[1] += 0xBB67AE85u;
-        }
-        memcpy(numbers + first, words, sizeof words);
+    uint32_t words[4][DRAW_LANES];
+    uint32_t keys[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
+    for (uint32_t lane = 0; lane < DRAW_LANES; lane++) {
+        words[0][lane] = lane;
+        words[1][lane] = row;
+        words[2][lane] = stream;
+        words[3][lane] = 0;
     }
+    for (int round = 0; round < ROUNDS; round++) {
+        for (int lane = 0; lane < DRAW_LANES; lane++) {
+            uint64_t left = 0xD2511F53u * (uint64_t)words[0][lane];
+            uint64_t right = 0xCD9E8D57u * (uint64_t)words[2][lane];
+            words[0][lane] = (uint32_t)(right >> 32) ^ words[1][lane] ^ keys[0];
+            words[1][lane] = (uint32_t)right;
+            words[2][lane] = (uint32_t)(left >> 32) ^ words[3][lane] ^ keys[1];
+            words[3][lane] = (uint32_t)left;
+        }
+        keys[0] += 0x9E3779B9u;
+        keys[1] += 0xBB67AE85u;
+    }
+    memcpy(numbers->words, words, sizeof words);
+}
+
+static inline uint32_t rotated(uint32_t word, int left)
+{
+    return word << left | word >> (32 - left);
+}
+
+/* Draw the next `number`; there must be room for a multiple of DRAWS. */
+static inline void draw(Numbers *numbers, uint16_t *drawn, int64_t number)
+{
+    Numbers state = *numbers;
+    uint32_t (*words)[DRAW_LANES] = state.words;
+    for (int64_t first = 0; first < number; first += DRAWS) {
+        uint32_t out[DRAW_LANES];
+        for (int lane = 0; lane < DRAW_LANES; lane++) {
+            uint32_t a = words[0][lane], b = words[1][lane], c = words[2][lane], d = words[3][lane];
+            out[lane] = rotated(a + d, 7) + a;
+            uint32_t shifted = b << 9;
+            c ^= a;
+            d ^= b;
+            words[0][lane] = a ^ d;
+            words[1][lane] = b ^ c;
+            words[2][lane] = c ^ shifted;
+            words[3][lane] = rotated(d, 11);
+        }
+        memcpy(drawn + first, out, sizeof out);
+    }
+    *numbers = state;
 }
 
 #endif
