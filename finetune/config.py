@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from finetune.loop import Settings
-from zerobert import distributed, engine
+from zerobert import distributed, served
 from zerobert.config import check_keys, from_dict, load_json
 from zerobert.ds_config import batch_sizes, clipping, override
 from zerobert.errors import ConfigError
@@ -94,7 +94,7 @@ def deepspeed_config(
     where = args.deepspeed_config or "flags"
     raw = load_json(args.deepspeed_config) if args.deepspeed_config else {}
     section = from_dict(BertSection, raw.pop("bert", {}), f"{where}: bert")
-    check_keys(raw, engine.TOP_LEVEL_KEYS, str(where))
+    check_keys(raw, served.TOP_LEVEL_KEYS, str(where))
     if "scheduler" in raw:
         raise ConfigError(
             f"{where}: scheduler: fine-tuning's rate rises and then falls in a line; use "
@@ -117,7 +117,7 @@ def deepspeed_config(
         )
     ds["gradient_clipping"] = clipping(ds, optimizer.params.max_grad_norm)
     ds["optimizer"] = {"type": optimizer.type, "params": asked["params"]}
-    engine.check_served(ds)
+    served.check(ds)
     if section.kernels.compile:
         raise ConfigError(
             f"{where}: bert.kernels.compile: the batches of fine-tuning have many shapes, and each "

@@ -24,8 +24,9 @@ from finetune.batches import Split, Stopped, plain_forward
 from zerobert import distributed, manifest, training_state
 from zerobert.device import this_device
 from zerobert.ds_config import check_same_run, flatten
-from zerobert.engine import Engine, computes_in
+from zerobert.engine import Engine
 from zerobert.errors import CheckpointError, exit_code
+from zerobert.served import computes_in
 from zerobert.signals import StopRequest
 from zerobert.training_state import StateReader
 

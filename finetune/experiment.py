@@ -16,9 +16,9 @@ from finetune.tasks import Task, custom_task, find_task, plain
 from zerobert import distributed
 from zerobert.checkpoint import newest_model
 from zerobert.device import slow_precision, this_device
-from zerobert.engine import computes_in
 from zerobert.errors import ConfigError
 from zerobert.manifest import is_complete, writing
+from zerobert.served import computes_in
 from zerobert.signals import StopRequest
 
 RUNS = Path("runs")

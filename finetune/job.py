@@ -21,9 +21,9 @@ from finetune.tasks import Split, Task
 from zerobert import checkpoint, distributed, manifest
 from zerobert.checkpoint import ModelFolder
 from zerobert.device import this_device
-from zerobert.engine import computes_in
 from zerobert.errors import ConfigError
 from zerobert.model import BertForSequenceClassification, num_parameters
+from zerobert.served import computes_in
 from zerobert.signals import StopRequest
 from zerobert.tokenizer import WordPieceTokenizer
 

@@ -21,10 +21,10 @@ from finetune.squad import Features, Questions
 from zerobert import checkpoint, distributed, manifest
 from zerobert.checkpoint import ModelFolder, newest_model
 from zerobert.device import slow_precision, this_device
-from zerobert.engine import computes_in
 from zerobert.errors import CheckpointError, ConfigError
 from zerobert.model import BertForQuestionAnswering, num_parameters, span_loss
 from zerobert.page import Table, format_table
+from zerobert.served import computes_in
 from zerobert.signals import StopRequest
 from zerobert.tokenizer import WordPieceTokenizer
 

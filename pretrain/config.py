@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pretrain.guard import GuardConfig
-from zerobert import checkpoint, engine, manifest, schedule
+from zerobert import checkpoint, manifest, schedule, served
 from zerobert.checkpoint import ModelFolder, open_model, version
 from zerobert.config import BertConfig, check_keys, from_dict, load_json
 from zerobert.ds_config import BatchSizes, batch_sizes, clipping, flatten, override
@@ -242,13 +242,13 @@ def resolve(args: argparse.Namespace) -> PretrainConfig:
     path = Path(args.deepspeed_config or PADDLE_JSON)
     raw = load_json(path)
     section = raw.pop("bert", {})
-    check_keys(raw, engine.TOP_LEVEL_KEYS, str(path))
+    check_keys(raw, served.TOP_LEVEL_KEYS, str(path))
     bert = _override(from_dict(BertSection, section, f"{path}: bert"), args)
     bert = _named_model(bert, args.model_name_or_path)
     if bert.run.init_from is not None and args.deepspeed_config is None:
         bert = dataclasses.replace(bert, model={})  # nobody asked for the default JSON's size
     ds = override(raw, args)
-    engine.check_served(ds)
+    served.check(ds)
     stage = ds.get("zero_optimization", {}).get("stage", 0)
     if bert.kernels.lamb == "apex" and stage > 0:
         raise ConfigError(

@@ -19,7 +19,7 @@ from pretrain.data import StepLoader, evaluation_batches, fingerprint
 from pretrain.masking import MASKED_LM_PROB, Masking, masking_of
 from pretrain.order import sample_order
 from pretrain.state import RunFolder, Saver, TrainState
-from zerobert import checkpoint, distributed, engine, kernels, manifest
+from zerobert import checkpoint, distributed, engine, kernels, manifest, served
 from zerobert.checkpoint import ModelFolder
 from zerobert.device import peak_flops, slow_precision
 from zerobert.ds_config import BatchSizes, batch_sizes
@@ -84,7 +84,7 @@ class Experiment:
         """What weights, gradients and optimizer hold on each rank."""
         return footprint.state_bytes(
             self.parameters,
-            precision=engine.precision(self.config.deepspeed),
+            precision=served.precision(self.config.deepspeed),
             stage=self.config.deepspeed.get("zero_optimization", {}).get("stage", 0),
             ranks=distributed.world_size(),
         )
@@ -96,7 +96,7 @@ class Experiment:
             self.folder.model,
             num_tokens=self.training[0].seq_length,
             max_predictions=self.max_predictions,
-            width=4 if engine.computes_in(self.config.deepspeed) == "fp32" else 2,
+            width=4 if served.computes_in(self.config.deepspeed) == "fp32" else 2,
             is_checkpointed=self.config.bert.kernels.activation_checkpointing,
         )
         return self.sizes.micro_samples * sample
@@ -104,14 +104,14 @@ class Experiment:
     def facts(self) -> dict[str, str]:
         """The size of the undertaking, for `--dry_run` and the first lines of a run."""
         stage = self.config.deepspeed.get("zero_optimization", {}).get("stage", 0)
-        low = engine.precision(self.config.deepspeed)
+        low = served.precision(self.config.deepspeed)
         ranks = distributed.world_size()
         rows = sum(shard.num_rows for shard in self.training)
         flops = self.flops_per_sequence * self.sizes.global_samples
         data = f"epochs of {rows:,} sequences"
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         warning = engine.why_not_here(self.config.deepspeed) or slow_precision(
-            device, engine.computes_in(self.config.deepspeed)
+            device, served.computes_in(self.config.deepspeed)
         )
         if self.steps is not None:
             data = f"{self.steps * self.sizes.global_samples / rows:.2f} {data}"
@@ -213,7 +213,7 @@ def fitting_micro_batch(run: Experiment, args: argparse.Namespace) -> int:
         kept = run_state.micro_batch_of(run.folder.path)
         if kept is not None and rank_samples % kept == 0:
             return kept
-    shard, low = run.training[0], engine.precision(run.config.deepspeed)
+    shard, low = run.training[0], served.precision(run.config.deepspeed)
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     return memory.largest_micro_batch(
         memory.builder(
@@ -633,7 +633,7 @@ def _print_header(run: Experiment, training: Engine) -> None:
     choices = kernels.choose(
         run.config.bert.kernels,
         training.device,
-        _WEIGHT_TYPES[engine.computes_in(run.config.deepspeed)],
+        _WEIGHT_TYPES[served.computes_in(run.config.deepspeed)],
         dropout_p=model.attention_probs_dropout_prob,
         head_width=model.hidden_size // model.num_attention_heads,
     )

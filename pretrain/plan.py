@@ -9,7 +9,6 @@ docs/scaling.md says how it is reckoned, and how far from published runs that is
 import argparse
 import dataclasses
 import math
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,17 +17,13 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from zerobert.launcher import choose_accelerator
-
-choose_accelerator(os.environ)  # before DeepSpeed looks for one, and says so
-
-from pretrain import config, cost, masking  # noqa: E402
-from pretrain.run import parse_args  # noqa: E402
-from zerobert import engine  # noqa: E402
-from zerobert.config import SIZES, BertConfig  # noqa: E402
-from zerobert.ds_config import batch_sizes  # noqa: E402
-from zerobert.errors import ArgumentParser, ConfigError, run_script  # noqa: E402
-from zerobert.page import Table, format_table  # noqa: E402
+from pretrain import config, cost, masking
+from pretrain.run import parse_args
+from zerobert import served
+from zerobert.config import SIZES, BertConfig
+from zerobert.ds_config import batch_sizes
+from zerobert.errors import ArgumentParser, ConfigError, run_script
+from zerobert.page import Table, format_table
 
 _JSON = config.REPOSITORY / "ds_configs" / "bert_large_phase1.json"
 _VOCAB_SIZE = 30522
@@ -257,7 +252,7 @@ def _run(args: argparse.Namespace, experiment: config.PretrainConfig) -> cost.Ru
         )
     zero = ds.get("zero_optimization", {})
     stage = zero.get("stage", 0)
-    computed = engine.computes_in(ds)
+    computed = served.computes_in(ds)
     run = cost.Run(
         model=model,
         gpu=_gpu(args),
@@ -267,7 +262,7 @@ def _run(args: argparse.Namespace, experiment: config.PretrainConfig) -> cost.Ru
         max_predictions=_predictions(args, experiment.bert.data, length),
         stage=stage,
         precision="tf32" if args.precision == "tf32" else computed,
-        is_autocast=computed != engine.precision(ds),
+        is_autocast=computed != served.precision(ds),
         efficiency=args.efficiency,
         optimizer=experiment.optimizer.type,
         fill=args.fill,

@@ -19,8 +19,9 @@ from torch import Tensor
 from zerobert import checkpoint, distributed, manifest, training_state
 from zerobert.config import BertConfig
 from zerobert.ds_config import check_same_run
-from zerobert.engine import Engine, precision
+from zerobert.engine import Engine
 from zerobert.errors import CheckpointError, ManifestError
+from zerobert.served import precision
 from zerobert.tokenizer import WordPieceTokenizer
 from zerobert.training_state import Snapshot
 

@@ -80,7 +80,7 @@ def test_fp16_lowers_its_scale_at_the_second_overflow(measured: dict[str, Any], 
 
 @wrong(
     "what was divided before the sum over as many ranks is not multiplied after it",
-    "check_served need not refuse gradient_predivide_factor at stage 3",
+    "served.check need not refuse gradient_predivide_factor at stage 3",
 )
 def test_a_predivide_factor_leaves_gradients_as_they_are(measured: dict[str, Any]) -> None:
     assert measured["predivided"] == pytest.approx(1, rel=0.01)  # 0.5
@@ -94,7 +94,7 @@ def test_gradients_that_are_to_be_added_up_are(measured: dict[str, Any]) -> None
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @wrong(
     "scaled gradients are clipped to the norm that is meant for unscaled ones",
-    "check_served need not refuse torch_autocast in float16 for its clipping",
+    "served.check need not refuse torch_autocast in float16 for its clipping",
 )
 def test_fp16_autocast_clips_to_the_norm(measured: dict[str, Any], stage: int) -> None:
     assert measured[f"autocast clipping at stage {stage}"] == pytest.approx(1, rel=0.01)  # 1.6e-5
@@ -103,7 +103,7 @@ def test_fp16_autocast_clips_to_the_norm(measured: dict[str, Any], stage: int) -
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @wrong(
     "a loss scale that overflows is never lowered, so that no step is taken any more",
-    "check_served need not refuse torch_autocast in float16 for its overflows",
+    "served.check need not refuse torch_autocast in float16 for its overflows",
 )
 def test_fp16_autocast_lowers_its_scale(measured: dict[str, Any], stage: int) -> None:
     assert measured[f"autocast overflow at stage {stage}"]
@@ -116,7 +116,7 @@ def test_fp16_autocast_is_right_at_stage_0(measured: dict[str, Any]) -> None:
 
 @wrong(
     "ZeRO-3 gives every group the first one's hyperparameters",
-    "check_served need not refuse checkpoint.load_universal at stage 3 for it",
+    "served.check need not refuse checkpoint.load_universal at stage 3 for it",
 )
 def test_a_universal_checkpoint_keeps_each_groups_decay(measured: dict[str, Any]) -> None:
     assert measured["universal"]["weight decays"] == [0.1, 0.0]  # [0.1, 0.1]
@@ -124,7 +124,7 @@ def test_a_universal_checkpoint_keeps_each_groups_decay(measured: dict[str, Any]
 
 @wrong(
     "ZeRO-3 gives all groups one step counter between them, and each advances it",
-    "check_served need not refuse checkpoint.load_universal at stage 3 for it",
+    "served.check need not refuse checkpoint.load_universal at stage 3 for it",
 )
 def test_a_universal_checkpoint_keeps_each_groups_step(measured: dict[str, Any]) -> None:
     assert measured["universal"]["step counts"] == [2, 2]  # [3, 3]
@@ -132,7 +132,7 @@ def test_a_universal_checkpoint_keeps_each_groups_step(measured: dict[str, Any])
 
 @wrong(
     "the addresses of safe_get_full_* are those without round-robin",
-    "check_served need not refuse round_robin_gradients",
+    "served.check need not refuse round_robin_gradients",
 )
 def test_round_robin_gradients_keep_weights_readable(measured: dict[str, Any]) -> None:
     assert measured["round robin"] == 0  # 2 of 4
@@ -153,7 +153,7 @@ def test_a_plain_lamb_is_right_at_stage_0(measured: dict[str, Any]) -> None:
 
 @wrong(
     "unknown keys of the top level are ignored",
-    "TOP_LEVEL_KEYS can go",
+    "served.TOP_LEVEL_KEYS can go",
 )
 def test_a_misspelt_key_is_refused(measured: dict[str, Any]) -> None:
     assert not measured["misspelt key"]

@@ -1,0 +1,248 @@
+"""Which of DeepSpeed's settings are served, and what those of precision mean.
+
+What DeepSpeed would compute wrongly without a word is refused here by name.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from zerobert.errors import ConfigError
+
+_SECTIONS = (
+    "fp16",
+    "bf16",
+    "torch_autocast",
+    "zero_optimization",
+    "data_types",
+    "checkpoint",
+    "optimizer",
+)
+_PRECISIONS = ("fp16", "bf16", "torch_autocast")
+_UNSERVED = ("autotuning", "compile", "data_efficiency")
+# Parts of ZeRO that round what is sent, place shards in another way or replace the optimizer.
+_UNSERVED_ZERO = (
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
+    "zeropp_loco_param",
+    "zenflow",
+    "cpu_offload",
+    "cpu_offload_param",
+    "legacy_stage1",
+    "mics_shard_size",
+    "mics_hierarchical_params_gather",
+    "stage3_module_granularity_threshold",
+)
+# They keep the masters or the moments in 16 bits.
+_ROUNDED_STATE = {
+    "bf16": ("bf16_master_weights_and_grads", "bf16_optimizer_states"),
+    "fp16": ("fp16_master_weights_and_grads",),
+}
+_BFLOAT16_NAMES = ("bfloat16", "bf16", "torch.bfloat16")
+# DeepSpeed's names of what gradients are added up in.
+_DTYPES = {
+    **dict.fromkeys(_BFLOAT16_NAMES, "bf16"),
+    **dict.fromkeys(("fp16", "float16", "half", "torch.float16"), "fp16"),
+    **dict.fromkeys(("fp32", "float32", "float", "torch.float32"), "fp32"),
+}
+# DeepSpeed's top-level keys for training. It accepts others in silence, misspelt ones too.
+TOP_LEVEL_KEYS = frozenset(
+    (
+        "activation_checkpointing",
+        "aio",
+        "autotuning",
+        "bf16",
+        "checkpoint",
+        "comet",
+        "comms_logger",
+        "communication_data_type",
+        "compile",
+        "csv_monitor",
+        "data_efficiency",
+        "data_types",
+        "dataloader_drop_last",
+        "disable_allgather",
+        "disable_python_gc",
+        "dump_state",
+        "flops_profiler",
+        "fp16",
+        "gradient_accumulation_steps",
+        "gradient_allreduce_op",
+        "gradient_clipping",
+        "gradient_predivide_factor",
+        "log_level",
+        "memory_breakdown",
+        "optimizer",
+        "prescale_gradients",
+        "scheduler",
+        "seed",
+        "steps_per_print",
+        "tensorboard",
+        "timers",
+        "torch_autocast",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "wall_clock_breakdown",
+        "wandb",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "zero_optimization",
+    )
+)
+
+
+def precision(ds_config: Mapping[str, Any]) -> str:
+    """`fp16`, `bf16` or `fp32`: what the weights of the forward pass are kept in."""
+    for name in ("fp16", "bf16"):
+        if ds_config.get(name, {}).get("enabled", False):
+            return name
+    return "fp32"
+
+
+def computes_in(ds_config: Mapping[str, Any]) -> str:
+    """`fp16`, `bf16` or `fp32`: what the matrix products of the forward pass are computed in."""
+    autocast = ds_config.get("torch_autocast", {})
+    if autocast.get("enabled", False):
+        return "bf16" if autocast.get("dtype") in _BFLOAT16_NAMES else "fp16"
+    return precision(ds_config)
+
+
+def check(ds_config: Mapping[str, Any]) -> None:
+    """Refuse what DeepSpeed would compute wrongly without a word, and what is not served here yet.
+
+    Raises:
+        ConfigError: names the setting and what to choose instead.
+    """
+    _check_types(ds_config)
+    zero = ds_config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    autocast = ds_config.get("torch_autocast", {})
+    if autocast.get("enabled", False) and autocast.get("dtype") not in _BFLOAT16_NAMES:
+        # At stage >= 1 the gradients are clipped while still scaled, an overflow never lowers the
+        # scale, and where it grows, groups after the first are unscaled by another one.
+        raise ConfigError(
+            "torch_autocast in float16 (its default) clips scaled gradients in this DeepSpeed; "
+            'use the fp16 section, or torch_autocast with "dtype": "bfloat16"'
+        )
+    if zero.get("round_robin_gradients", False):
+        raise ConfigError(
+            "zero_optimization.round_robin_gradients exports wrong weights in this DeepSpeed; "
+            "remove it"
+        )
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"zero_optimization.stage: wanted 0, 1, 2 or 3, got {stage}")
+    for name in _UNSERVED_ZERO:
+        if zero.get(name):
+            raise ConfigError(f"zero_optimization.{name} is not served; remove it")
+    for name, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
+        _check_offload(zero.get(name) or {}, f"zero_optimization.{name}", stage, lowest)
+    if ds_config.get("checkpoint", {}).get("load_universal", False):
+        raise ConfigError("checkpoint.load_universal is not served yet; remove it")
+    if not zero.get("compute_grad_norm", True):
+        raise ConfigError("zero_optimization.compute_grad_norm: false is not served; remove it")
+    if ds_config.get("zero_force_ds_cpu_optimizer", False):
+        raise ConfigError(
+            "zero_force_ds_cpu_optimizer: true is not served, the optimizer is torch's or ours; "
+            "remove it"
+        )
+    _check_averaging(ds_config, stage)
+    _check_precision(ds_config)
+
+
+def _check_averaging(ds_config: Mapping[str, Any], stage: int) -> None:
+    """The shares of the ranks are made so that DeepSpeed's mean over the ranks is the gradient."""
+    if (op := ds_config.get("gradient_allreduce_op", "mean")) != "mean":
+        raise ConfigError(
+            f'gradient_allreduce_op: wanted "mean", got {op!r}, which makes gradients larger by '
+            "the number of ranks; remove it"
+        )
+    if stage == 3 and ds_config.get("gradient_predivide_factor", 1.0) != 1.0:
+        raise ConfigError(
+            "gradient_predivide_factor scales the gradients wrongly at ZeRO stage 3 in this "
+            "DeepSpeed; remove it"
+        )
+
+
+def _check_precision(ds_config: Mapping[str, Any]) -> None:
+    for section, names in _ROUNDED_STATE.items():
+        for name in names:
+            if ds_config.get(section, {}).get(name, False):
+                raise ConfigError(
+                    f"{section}.{name} is not served: weights and moments are kept in fp32; "
+                    "remove it"
+                )
+    accumulates_in, low = grad_accum_dtype(ds_config), precision(ds_config)
+    if accumulates_in not in (None, "fp32", low):
+        wanted = '"fp32"' if low == "fp32" else f'"fp32" or "{low}"'
+        raise ConfigError(f"data_types.grad_accum_dtype: wanted {wanted}, got {accumulates_in!r}")
+    enabled = [name for name in _PRECISIONS if ds_config.get(name, {}).get("enabled", False)]
+    if len(enabled) > 1:
+        raise ConfigError(f"{' and '.join(enabled)} are enabled together; remove all but one")
+    hysteresis = ds_config.get("fp16", {}).get("hysteresis", 1)
+    if type(hysteresis) is not int or hysteresis < 1:
+        raise ConfigError(
+            f"fp16.hysteresis: wanted a whole number from 1 on, got {hysteresis!r}, at which an "
+            "overflow would never lower the loss scale"
+        )
+
+
+def _check_offload(section: Any, where: str, stage: int, lowest_stage: int) -> None:
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{where}: wanted an object {{...}}, got {section!r}")
+    device = section.get("device", "none")
+    if device == "none":
+        return
+    if device != "cpu":
+        raise ConfigError(f'{where}.device: wanted "cpu" or "none", got {device!r}')
+    if stage < lowest_stage:
+        raise ConfigError(f"{where} needs zero_optimization.stage {lowest_stage} or more")
+    for name in ("ratio", "super_offload"):
+        if section.get(name, 1) not in (1, False):
+            raise ConfigError(f"{where}.{name} is not served; remove it")
+
+
+def _check_types(ds_config: Mapping[str, Any]) -> None:
+    """DeepSpeed would meet a section of the wrong type with a traceback, and "False" is true."""
+    if name := _find_auto(ds_config, ""):
+        raise ConfigError(
+            f'{name} is "auto", which only the Trainer of Hugging Face fills in; give a value'
+        )
+    if "activation_checkpointing" in ds_config:
+        raise ConfigError(
+            "activation_checkpointing: DeepSpeed's section would do nothing here; set "
+            '"bert": {"kernels": {"activation_checkpointing": true}} instead'
+        )
+    for name in _UNSERVED:
+        if name in ds_config:
+            raise ConfigError(f"{name}: this section is not served and would do nothing; remove it")
+    clipping = ds_config.get("gradient_clipping", 0.0)
+    is_number = isinstance(clipping, int | float) and not isinstance(clipping, bool)
+    if not is_number or not 0 <= clipping < math.inf:
+        raise ConfigError(f"gradient_clipping: wanted a number from 0 on, got {clipping!r}")
+    for name in _SECTIONS:
+        section = ds_config.get(name, {})
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"{name}: wanted an object {{...}}, got {section!r}")
+        if not isinstance(section.get("enabled", False), bool):
+            raise ConfigError(f"{name}.enabled: wanted true or false, got {section['enabled']!r}")
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    if type(stage) is not int:
+        raise ConfigError(f"zero_optimization.stage: wanted a number, got {stage!r}")
+
+
+def _find_auto(value: Any, name: str) -> str | None:
+    """The first key whose value is "auto"."""
+    if isinstance(value, Mapping):
+        found = (_find_auto(item, f"{name}.{key}" if name else key) for key, item in value.items())
+        return next((key for key in found if key is not None), None)
+    return name if value == "auto" else None
+
+
+def grad_accum_dtype(ds_config: Mapping[str, Any]) -> str | None:
+    """What gradients of many micro-steps are added up in, None for DeepSpeed's choice: in bf16 it
+    would be bf16, whose 8 bits lose them.
+    """
+    default = "fp32" if precision(ds_config) == "bf16" else None
+    asked = ds_config.get("data_types", {}).get("grad_accum_dtype")
+    return default if asked is None else _DTYPES.get(asked, str(asked))
