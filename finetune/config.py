@@ -118,6 +118,7 @@ def deepspeed_config(
     ds["gradient_clipping"] = clipping(ds, optimizer.params.max_grad_norm)
     ds["optimizer"] = {"type": optimizer.type, "params": asked["params"]}
     served.check(ds)
+    served.check_lamb_kernel(section.kernels.lamb, ds, optimizer.params)
     if section.kernels.compile:
         raise ConfigError(
             f"{where}: bert.kernels.compile: the batches of fine-tuning have many shapes, and each "

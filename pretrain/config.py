@@ -15,7 +15,7 @@ from zerobert.ds_config import BatchSizes, batch_sizes, clipping, flatten, overr
 from zerobert.ds_scheduler import DeepSpeedScheduler, scheduler_config
 from zerobert.errors import ConfigError
 from zerobert.kernels import Kernels
-from zerobert.optim import LambParams, OptimizerConfig, optimizer_config
+from zerobert.optim import OptimizerConfig, optimizer_config
 from zerobert.schedule import ScheduleConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -250,30 +250,13 @@ def resolve(args: argparse.Namespace) -> PretrainConfig:
     ds = override(raw, args)
     served.check(ds)
     stage = ds.get("zero_optimization", {}).get("stage", 0)
-    if bert.kernels.lamb == "apex" and stage > 0:
-        raise ConfigError(
-            "bert.kernels.lamb 'apex' takes whole parameters, which ZeRO stage 1 and above cut up; "
-            "choose 'auto', or stage 0"
-        )
-    if bert.kernels.lamb == "triton" and stage > 0 and _is_offloaded(ds):
-        raise ConfigError(
-            "bert.kernels.lamb 'triton' runs on CUDA, and zero_optimization.offload_optimizer puts "
-            "the optimizer on the CPU; choose 'auto', or remove the offload"
-        )
     if bert.kernels.compile and stage == 3:
         raise ConfigError(
             "bert.kernels.compile does not go with ZeRO stage 3, whose weights come and go; "
             "remove one of them"
         )
     optimizer = optimizer_config(ds.get("optimizer", {"type": "AdamW"}), f"{path}: optimizer")
-    params = optimizer.params
-    if bert.kernels.lamb == "apex" and isinstance(params, LambParams):
-        for name in ("min_coeff", "max_coeff"):
-            if getattr(params, name) is not None:
-                raise ConfigError(
-                    f"bert.kernels.lamb 'apex' knows no optimizer.params.{name}; remove it, or "
-                    "choose 'auto'"
-                )
+    served.check_lamb_kernel(bert.kernels.lamb, ds, optimizer.params)
     ds["gradient_clipping"] = clipping(ds, optimizer.params.max_grad_norm)
     scheduler = None
     if "scheduler" in ds:
@@ -292,11 +275,6 @@ def resolve(args: argparse.Namespace) -> PretrainConfig:
     )
     _check_length(config)
     return config
-
-
-def _is_offloaded(ds: Mapping[str, Any]) -> bool:
-    section = ds.get("zero_optimization", {}).get("offload_optimizer") or {}
-    return bool(section.get("device", "none") != "none")
 
 
 def _training_state(source: str | None) -> Path | None:

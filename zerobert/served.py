@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zerobert.errors import ConfigError
+from zerobert.optim import LambParams
 
 _SECTIONS = (
     "fp16",
@@ -148,6 +149,38 @@ def check(ds_config: Mapping[str, Any]) -> None:
         )
     _check_averaging(ds_config, stage)
     _check_precision(ds_config)
+
+
+def check_lamb_kernel(kernel: str, ds_config: Mapping[str, Any], params: object) -> None:
+    """Refuse a kernel for LAMB that can't serve a configuration.
+
+    Args:
+        kernel: `bert.kernels.lamb`.
+        params: the optimizer's.
+
+    Raises:
+        ConfigError: names both, and what to choose instead.
+    """
+    zero = ds_config.get("zero_optimization", {})
+    is_sharded = zero.get("stage", 0) > 0
+    is_offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    if kernel == "apex" and is_sharded:
+        raise ConfigError(
+            "bert.kernels.lamb 'apex' takes whole parameters, which ZeRO stage 1 and above cut up; "
+            "choose 'auto', or stage 0"
+        )
+    if kernel == "apex" and isinstance(params, LambParams):
+        for name in ("min_coeff", "max_coeff"):
+            if getattr(params, name) is not None:
+                raise ConfigError(
+                    f"bert.kernels.lamb 'apex' knows no optimizer.params.{name}; remove it, or "
+                    "choose 'auto'"
+                )
+    if kernel == "triton" and is_sharded and is_offloaded:
+        raise ConfigError(
+            "bert.kernels.lamb 'triton' runs on CUDA, and zero_optimization.offload_optimizer puts "
+            "the optimizer on the CPU; choose 'auto', or remove the offload"
+        )
 
 
 def _check_averaging(ds_config: Mapping[str, Any], stage: int) -> None:

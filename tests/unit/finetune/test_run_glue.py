@@ -809,6 +809,22 @@ def test_bad_flags(
     assert not Path("runs/finetune").exists()
 
 
+@pytest.mark.parametrize(
+    ("kernels", "message"),
+    [
+        ({"lamb": "apex"}, "bert.kernels.lamb 'apex' takes whole parameters"),
+        ({"compile": True}, "the batches of fine-tuning have many shapes"),
+    ],
+)
+def test_kernels_that_do_not_serve_fine_tuning_are_named(
+    pretrained: Path, root: Path, monkeypatch, kernels: dict[str, object], message: str
+) -> None:
+    config = {"zero_optimization": {"stage": 1}, "bert": {"kernels": kernels}}
+    Path("ds.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        run(monkeypatch, "--task_name", "sst2", "--deepspeed_config", "ds.json")
+
+
 def test_no_model_says_how_to_make_one(tmp_path: Path, root: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"launch\.sh pretrain"):
