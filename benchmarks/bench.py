@@ -2,8 +2,9 @@
 
 Each writes its dated report beside this script (with `--quick` into `runs/quick/`), named after
 `--hardware`; copies of them and what each says go into `runs/bench/`. Optimizer, loader, training
-step in fp32 and bf16, engine and pretraining end to end take part always, `finetuning.py` where
-`--glue_dir` gives its data, and `data_preparation.py` where `--text` does.
+step in fp32, engine and pretraining end to end take part always, the step in bf16 where the
+processor has instructions for it, `finetuning.py` where `--glue_dir` gives its data, and
+`data_preparation.py` where `--text` does.
 """
 
 import argparse
@@ -14,7 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
+
 from benchmarks.gpu_all import Command, run, script  # noqa: E402
+from zerobert.device import slow_precision  # noqa: E402
 
 
 def commands(arguments: argparse.Namespace) -> list[Command]:
@@ -39,7 +43,7 @@ def commands(arguments: argparse.Namespace) -> list[Command]:
         ),
         script("loader", 110, "loader.py", "--rounds", "3", *common),
         train_step("fp32"),
-        train_step("bf16"),
+        *([] if slow_precision(torch.device(arguments.device), "bf16") else [train_step("bf16")]),
         script(
             "engine_overhead",
             110,
