@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 # Above this the vocabulary probably is of another language or case.
 _HIGH_UNKNOWN_SHARE = 0.01
 # Vocabularies of lower-cased text have none but the special tokens; BERT's cased one has 29 %.
-_HIGH_CASED_SHARE = 0.05
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -299,7 +298,12 @@ def _run_vocab(arguments: argparse.Namespace) -> int:
         vocab_size=arguments.vocab_size,
         do_lower_case=arguments.do_lower_case,
     )
-    write_text(arguments.output, "".join(f"{token}\n" for token in vocab))
+    text = "".join(f"{token}\n" for token in vocab)
+    if arguments.output.is_file() and arguments.output.read_bytes() != text.encode():
+        raise ConfigError(
+            f"--output {arguments.output} exists and is another file; remove it or choose another"
+        )
+    write_text(arguments.output, text)
     if len(vocab) < arguments.vocab_size:
         print(
             f"note: the text gives {len(vocab):,} tokens, not {arguments.vocab_size:,}",
@@ -367,7 +371,7 @@ def _tokenizer(arguments: argparse.Namespace) -> "WordPieceTokenizer":
     tokenizer = WordPieceTokenizer.from_file(
         arguments.vocab_file, do_lower_case=arguments.do_lower_case
     )
-    if tokenizer.do_lower_case and tokenizer.cased_share > _HIGH_CASED_SHARE:
+    if tokenizer.do_lower_case and tokenizer.is_cased:
         print(
             f"warning: {tokenizer.cased_share:.0%} of the vocabulary's tokens have capitals, which "
             "lower-cased text never has; --no_do_lower_case keeps the text's",

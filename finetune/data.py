@@ -171,7 +171,14 @@ def _from_folder(task: Task, split: Split, folder: Path) -> Examples:
     labels: list[float] = []
     # Predictions are numbered by row, so a test set has none to spare.
     skips = task.skips_broken_rows and has_labels
-    for line, cells in read_rows(path, columns, header=file.header, skips_broken_rows=skips):
+    rows = read_rows(
+        path,
+        columns,
+        header=file.header,
+        skips_broken_rows=skips,
+        tells_of_quotes=not task.folders,
+    )
+    for line, cells in rows:
         if keep is not None and (cells[-2:] in keep) != (file.rows == "listed"):
             continue
         texts.append(cells[:num_texts])

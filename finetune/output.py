@@ -54,7 +54,7 @@ def told(out: Path) -> Iterator[None]:
     if not distributed.is_main():
         yield
         return
-    write_status(out, "running", None)
+    write_status(out, "running", None, kind="finetune")
     try:
         yield
     except BaseException as error:
@@ -66,10 +66,11 @@ def told(out: Path) -> Iterator[None]:
                 out,
                 "preempted" if is_asked else "failed",
                 code,
+                kind="finetune",
                 error=reason or type(error).__name__,
             )
         raise
-    write_status(out, "done", 0)
+    write_status(out, "done", 0, kind="finetune")
 
 
 def check_output(out: Path, model: Path) -> None:

@@ -164,7 +164,7 @@ def read_texts(args: argparse.Namespace) -> Iterator[Texts]:
     if args.input_file:
         where = str(args.input_file)
         columns = parse_columns(args.text_columns)
-        rows = (texts for _, texts in read_rows(args.input_file, columns))
+        rows = (texts for _, texts in read_rows(args.input_file, columns, tells_of_quotes=True))
     elif args.texts:
         where = "the command line"
         are_blank = not any(text.strip() for text in args.texts)

@@ -22,12 +22,14 @@ def read_rows(
     *,
     header: Sequence[str] = (),
     skips_broken_rows: bool = False,
+    tells_of_quotes: bool = False,
 ) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Yield each row's line number and its cells of `columns`; the file's suffix tells its format.
 
     Args:
         header: the columns of a TAB-separated file whose first line does not name them.
         skips_broken_rows: leave out rows of another width and say how many; else it is an error.
+        tells_of_quotes: say so where a TAB-separated file is quoted as CSV, which is not undone.
 
     Raises:
         DataError: the file is missing, not UTF-8, lacks a column, or has a row of another width.
@@ -41,7 +43,7 @@ def read_rows(
             case ".jsonl" | ".json":
                 yield from _json_rows(path, columns)
             case _:
-                yield from _tab_rows(path, columns, header, skips_broken_rows)
+                yield from _tab_rows(path, columns, header, skips_broken_rows, tells_of_quotes)
 
 
 def read_header(path: Path) -> list[str]:
@@ -76,25 +78,44 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _tab_rows(
-    path: Path, columns: Sequence[str], header: Sequence[str], skips_broken_rows: bool
+    path: Path,
+    columns: Sequence[str],
+    header: Sequence[str],
+    skips_broken_rows: bool,
+    tells_of_quotes: bool,
 ) -> Iterator[tuple[int, tuple[str, ...]]]:
     lines = _lines(path)
     if not header:
         header = next(lines, (0, ""))[1].split("\t")
     indices = _find_columns(path, header, columns)
-    num_broken = 0
+    num_broken = num_quoted = 0
     for number, line in lines:
         if not line and len(header) > 1:
             continue  # no row; in a table of one column it is one without a text
         cells = line.split("\t")
         if len(cells) == len(header):
-            yield number, tuple(cells[index] for index in indices)
+            chosen = tuple(cells[index] for index in indices)
+            num_quoted += any(map(_is_csv_quoted, chosen))
+            yield number, chosen
         elif skips_broken_rows:
             num_broken += 1
         else:
             raise _wrong_width(path, number, header, cells, "TAB")
     if num_broken:
         print_aside(f"warning: {path}: left out {num_broken} rows torn by line breaks")
+    if num_quoted and tells_of_quotes:
+        print_aside(
+            f"warning: {path}: {num_quoted} rows are quoted as CSV is; between tabs a quote is a "
+            "character like any other and stays in the text: write the file without quoting, or "
+            "as .csv with commas"
+        )
+
+
+def _is_csv_quoted(cell: str) -> bool:
+    """Whether a cell looks like what a CSV writer makes of a text with quotes in it."""
+    inner = cell[1:-1]
+    is_between_quotes = len(cell) > 1 and cell[0] == cell[-1] == '"'
+    return is_between_quotes and '""' in inner and '"' not in inner.replace('""', "")
 
 
 def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, tuple[str, ...]]]:

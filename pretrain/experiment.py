@@ -108,7 +108,7 @@ class Experiment:
         ranks = distributed.world_size()
         rows = sum(shard.num_rows for shard in self.training)
         flops = self.flops_per_sequence * self.sizes.global_samples
-        data = f"epochs of {rows:,} sequences"
+        data, words = f"epochs of {rows:,} sequences", self.folder.tokenizer
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         warning = engine.why_not_here(self.config.deepspeed) or slow_precision(
             device, served.computes_in(self.config.deepspeed)
@@ -122,6 +122,8 @@ class Experiment:
             "batch": f"{self.sizes.global_samples} sequences = {self.sizes.micro_samples} x "
             f"{self.sizes.accumulation_steps} micro-steps x {ranks} processes",
             "length": f"{self.length}; {data}",
+            "vocabulary": f"{len(words.vocab):,} tokens of "
+            f"{'lower-cased' if words.do_lower_case else 'cased'} text",
             "learning rate": self.config.describe_rate(),
             "weights, gradients and optimizer": f"{self.state_bytes / 2**30:.2f} GiB a process, "
             f"ZeRO stage {stage}, {low}",
@@ -331,14 +333,16 @@ def _vocabulary(
             "were made with by --vocab_file"
         )
     lower_case = shard_lower_case(folders)
-    if lower_case is None:
-        lower_case = source is None or source.text_rules.do_lower_case
+    if lower_case is None and source is not None:
+        lower_case = source.text_rules.do_lower_case
     file = Path(given) if given else beside
     if file is not None:
-        tokenizer = WordPieceTokenizer.from_file(file, do_lower_case=lower_case)
+        tokenizer = WordPieceTokenizer.from_file(file, do_lower_case=lower_case is not False)
+        if lower_case is None and tokenizer.is_cased:  # shards of others may not say it
+            tokenizer = WordPieceTokenizer(tokenizer.vocab, do_lower_case=False)
     else:
         assert known is not None
-        tokenizer = WordPieceTokenizer(known.vocab, do_lower_case=lower_case)
+        tokenizer = WordPieceTokenizer(known.vocab, do_lower_case=lower_case is not False)
     if given and beside and manifest.sha256_file(beside) != manifest.sha256_file(given):
         raise ConfigError(f"--vocab_file {given} is not the vocabulary of the shards, {beside}")
     if source is not None and known is not None:

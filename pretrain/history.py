@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from zerobert.errors import ConfigError
+from zerobert.manifest import is_complete
 from zerobert.tracking import (
     EVENT_KEY,
     METRICS_NAME,
@@ -115,9 +116,13 @@ def read_run(folder: Path, name: str) -> Run:
             f"{folder}: wanted the output folder of a pretraining run, found no {METRICS_NAME}; "
             "`bash launch.sh pretrain` makes one"
         )
+    status = read_status(folder)
+    if not metrics.is_file() and (status.get("kind") == "finetune" or is_complete(folder)):
+        raise ConfigError(
+            f"{folder} is of a fine-tuning run, whose page is made as it ends: see its report.html"
+        )
     lines = read_metrics(metrics) if metrics.is_file() else []
     kept, given_up, events = _follow(lines)
-    status = read_status(folder)
     state = str(status.get("state", "-"))
     return Run(
         name=name,

@@ -23,7 +23,7 @@ from pretrain.history import CONFIG_NAME, Run, read_run
 from pretrain.progress import format_duration
 from pretrain.serve import serve
 from zerobert.errors import ArgumentParser, ConfigError, run_script
-from zerobert.manifest import write_text
+from zerobert.manifest import is_complete, write_text
 from zerobert.page import Chart, Marker, Series, Table, render_page
 from zerobert.tracking import METRICS_NAME, STATUS_NAME
 
@@ -117,10 +117,13 @@ def write_report(run_dirs: Sequence[Path], output: Path) -> Path:
     """Draw the page of one or several pretraining runs; returns `output`.
 
     Raises:
-        ConfigError: a folder is not that of a run.
+        ConfigError: a folder is not that of a run, or the page is to lie where nothing may change.
         DataError: a run's metrics can't be read, or the page can't be written.
     """
-    write_text(output, report_page(run_dirs))
+    page = report_page(run_dirs)
+    if is_complete(output.parent):  # its manifest names each file, and so it has to stay as it is
+        raise ConfigError(f"{output} would lie in a finished folder; choose another --output")
+    write_text(output, page)
     return output
 
 

@@ -7,6 +7,7 @@ goes on in the unfinished one.
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
@@ -61,9 +62,12 @@ def writing(path: Path | str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
+        no_place = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+        remedy = "choose another path"
+        if error.errno not in no_place:
+            remedy = "free space or choose another output folder"
         raise DataError(
-            f"cannot write {path}: {reason}; free space or choose another output folder, then run "
-            "the same command again"
+            f"cannot write {path}: {reason}; {remedy}, then run the same command again"
         ) from error
 
 

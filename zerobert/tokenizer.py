@@ -42,6 +42,8 @@ _MIN_ALPHABET = 1000
 _CHARACTER_COVERAGE = 0.9995
 _BLOCK_BYTES = 4 << 20
 # More than any model has; the library aborts where it can't reserve the memory.
+# Above it text was hardly lower-cased: bert-base-uncased has 0, bert-base-cased 0.3.
+_HIGH_CASED_SHARE = 0.05
 _MAX_VOCAB_SIZE = 10_000_000
 
 
@@ -147,6 +149,11 @@ class WordPieceTokenizer:
                 f"{vocab_file} is no vocabulary: wanted UTF-8 text with one token a line, got "
                 f"{error.reason} at byte {error.start}"
             ) from error
+        if text.startswith("\ufeff"):
+            raise DataError(
+                f"{vocab_file} begins with a byte order mark, which would be part of its first "
+                "token; save it as UTF-8 without one"
+            )
         # Not splitlines(): a vocabulary may hold U+2028 and its like as tokens.
         tokens = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
         return cls(
@@ -160,8 +167,16 @@ class WordPieceTokenizer:
 
     @property
     def cased_share(self) -> float:
-        """The share of tokens with capitals, which hardly any has where text was lower-cased."""
-        return sum(token != token.lower() for token in self.vocab) / len(self.vocab)
+        """The share of tokens with capitals, which hardly any has where text was lower-cased;
+        those in brackets, which no text has, left out.
+        """
+        words = [token for token in self.vocab if not (token[0] == "[" and token[-1] == "]")]
+        return sum(token != token.lower() for token in words) / max(len(words), 1)
+
+    @property
+    def is_cased(self) -> bool:
+        """Whether the vocabulary looks as if its text was not lower-cased."""
+        return self.cased_share > _HIGH_CASED_SHARE
 
     def encode_words(self, texts: Sequence[str]) -> list[list[int]]:
         """WordPiece ids of each text, without special tokens and without truncation."""

@@ -158,7 +158,7 @@ def write_status(output_dir: Path, state: State, exit_code: int | None, **extra:
 
     Args:
         exit_code: what the process exits with; None while it runs.
-        extra: further keys, for people: the step, the folder of the last model.
+        extra: further keys: the step, the folder of the last model, which kind of run it is.
 
     Raises:
         DataError: the file can't be written.

@@ -79,6 +79,14 @@ def vocab(text: Path) -> Path:
     return path
 
 
+def test_a_vocabulary_is_not_replaced_by_another(text: Path, vocab: Path) -> None:
+    flags = ("vocab", "--input_dir", text, "--output", vocab, "--vocab_size")
+    before = vocab.read_bytes()
+    assert f"{vocab} exists and is another file" in refused(*flags, 100)
+    run(*flags, 120)
+    assert vocab.read_bytes() == before
+
+
 def shard_flags(text: Path, vocab: Path, output: Path) -> list[object]:
     return [
         *("--input_dir", text, "--vocab_file", vocab, "--output_dir", output),

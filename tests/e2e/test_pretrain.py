@@ -222,6 +222,21 @@ def test_deepspeed_s_scheduler_is_followed(data: Path, tmp_path: Path) -> None:
     assert rates[2:] == pytest.approx([0.005, 0.01 * third, 0.01 * two_thirds])
 
 
+@pytest.mark.parametrize("is_cased", [True, False])
+def test_shards_that_do_not_say_their_case_are_judged_by_the_vocabulary(
+    data: Path, tmp_path: Path, is_cased: bool
+) -> None:
+    words = [word.capitalize() if is_cased else word for word in toy.VOCAB[5:]]
+    shards = tmp_path / "shards"
+    shutil.copytree(data, shards)
+    (shards / "vocab.txt").write_text("\n".join([*toy.VOCAB[:5], *words]) + "\n")
+    done = toy.run(toy.command(shards, tmp_path / "out", "--max_steps", "1"))
+    assert done.returncode == 0, done.stderr
+    assert f"tokens of {'cased' if is_cased else 'lower-cased'} text" in done.stdout
+    settings = json.loads((tmp_path / "out" / "model_1" / "tokenizer_config.json").read_text())
+    assert settings["do_lower_case"] is not is_cased
+
+
 def test_a_run_goes_back_and_behind_the_samples_that_it_went_wrong_on(tmp_path: Path) -> None:
     """The rows of the ninth step have answers that no other row has: its loss jumps."""
     data, guard = tmp_path / "data", {"action": "rollback", "spike_factor": 1.03, "spike_window": 5}

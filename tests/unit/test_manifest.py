@@ -103,7 +103,9 @@ def test_an_older_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
 
 def test_a_place_where_no_folder_can_be_is_a_data_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match=r"cannot write .*file/made: Not a directory; free space"):
+    with pytest.raises(
+        DataError, match=r"cannot write .*file/made: Not a directory; choose another path"
+    ):
         with manifest.staged_folder(tmp_path / "file" / "made"):
             pass
 

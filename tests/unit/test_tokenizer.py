@@ -162,6 +162,21 @@ def test_what_is_no_vocabulary(tmp_path: Path, tokens: tuple[str, ...], message:
         WordPieceTokenizer.from_file(write_vocab(tmp_path, *tokens), do_lower_case=True)
 
 
+def test_a_byte_order_mark_is_named(tmp_path: Path) -> None:
+    path = write_vocab(tmp_path, *SPECIAL_TOKENS, "a")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    with pytest.raises(DataError, match="begins with a byte order mark"):
+        WordPieceTokenizer.from_file(path, do_lower_case=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "is_cased"), [(["a", "##b"], False), (["A", "b"], True), (["[unused1]"], False)]
+)
+def test_capitals_tell_of_a_cased_vocabulary(words: list[str], is_cased: bool) -> None:
+    tokenizer = WordPieceTokenizer([*SPECIAL_TOKENS, *words], do_lower_case=True)
+    assert tokenizer.is_cased == is_cased
+
+
 def test_what_can_not_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.txt can't be read: No such file"):
         WordPieceTokenizer.from_file(tmp_path / "none.txt", do_lower_case=True)

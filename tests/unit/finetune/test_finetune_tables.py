@@ -18,6 +18,15 @@ def test_tab_quotes_are_plain_characters(tmp_path) -> None:
     assert cells(path, ["text", "label"]) == [('"She left', "0"), ('5" nails"', "1")]
 
 
+def test_tab_csv_quoting_in_a_users_file_is_told(tmp_path, capsys) -> None:
+    path = write(tmp_path / "a.tsv", 'text\n"She said ""no"""\n"no" and ""no""\n""\n"\n"a" ""\n')
+    wanted = [('"She said ""no"""',), ('"no" and ""no""',), ('""',), ('"',), ('"a" ""',)]
+    assert cells(path, ["text"]) == wanted
+    assert capsys.readouterr().err == ""
+    assert cells(path, ["text"], tells_of_quotes=True) == wanted
+    assert "a.tsv: 1 rows are quoted as CSV is" in capsys.readouterr().err
+
+
 def test_tab_bom_blank_cells_and_a_missing_last_newline(tmp_path) -> None:
     path = write(tmp_path / "a.tsv", "a\tb\tc\n1\t\t3\n\t\tz", "utf-8-sig")
     assert cells(path, ["a", "c"]) == [("1", "3"), ("", "z")]

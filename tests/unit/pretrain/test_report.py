@@ -22,6 +22,7 @@ from pretrain.report import report_page, write_report
 from pretrain.serve import open_server
 from tests.browser import Browser
 from zerobert.errors import ConfigError, DataError
+from zerobert.tracking import write_status
 
 
 def make_run(folder: Path, loss: float) -> Path:
@@ -211,6 +212,9 @@ def test_the_command_writes_beside_the_first_run_and_prints_where(
     [
         (["none"], "none: wanted the output folder of a pretraining run"),
         (["none", "--serve"], "none: wanted the output folder of a pretraining run"),
+        (["tuned"], "tuned is of a fine-tuning run, whose page is made as it ends"),
+        (["tuning"], "tuning is of a fine-tuning run"),
+        (["a", "--output", "tuned/report.html"], "tuned/report.html would lie in a finished"),
         (["a", "--serve", "--output", "x"], "--serve writes no page"),
         (["a", "--port", "80"], "--port is where a page is served"),
         (["a", "--serve", "--port", "70000"], "--port 70000 can't be served at"),
@@ -220,7 +224,12 @@ def test_the_command_says_in_one_line_what_is_wrong(
     tmp_path: Path, repository: Path, words: list[str], wanted: str
 ) -> None:
     make_run(tmp_path / "a", 7.5)
+    for name, status in (("tuned", {}), ("tuning", {"kind": "finetune"})):
+        (tmp_path / name).mkdir()
+        write_status(tmp_path / name, "running", None, **status)
+    (tmp_path / "tuned" / "manifest.json").write_text("{}")
     result = command(repository, *words, cwd=tmp_path)
+    assert not (tmp_path / "tuned" / "report.html").exists()
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: {wanted}")
     assert len(result.stderr.splitlines()) == 1
