@@ -207,6 +207,11 @@ class Engine:
         if self._wrapper is not None:
             self._undo_hidden_step()
             self._accumulate_in(served.grad_accum_dtype(ds_config))
+        if self._stage == 0 and not self._is_16_bit:
+            self._engine.clip_fp32_gradients = self._clip_by_known_norm
+        if self._stage == 0 and distributed.world_size() == 1:
+            # One process has nothing to add up, but would copy all gradients to a buffer and back.
+            self._engine._reduce_non_expert_gradients = lambda grads, elements_per_buffer: None
         self._skipped_in_a_row = 0
         if self._precision == "fp16":
             self._grow_scale_after_step(config["fp16"])
@@ -436,6 +441,14 @@ class Engine:
             return None
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         return _norm(gradients)
+
+    def _clip_by_known_norm(self) -> None:
+        """Clip with the norm that is there already: DeepSpeed would take it anew."""
+        norm, most = self._norm_before_step, self._engine.gradient_clipping()
+        assert norm is not None
+        if self.device.type == "cpu" and norm <= most:
+            return  # a GPU would have to be waited for
+        nn.utils.clip_grads_with_norm_(self.module.parameters(), most, norm)
 
     @property
     def grad_norm(self) -> float:

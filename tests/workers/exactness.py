@@ -36,10 +36,11 @@ from torch import Tensor
 from tests.optimizer_references import ReferenceAdamW, ReferenceLamb
 from zerobert import distributed, zero
 from zerobert.config import BertConfig
-from zerobert.engine import Engine, init_distributed, leave_distributed, precision
+from zerobert.engine import Engine, init_distributed, leave_distributed
 from zerobert.kernels import Kernels
 from zerobert.model import BertForPreTraining
 from zerobert.optim import Lamb, build_optimizer, optimizer_config
+from zerobert.served import precision
 
 # Sizes that share no factor with the number of ranks: tensors are cut in odd places.
 CONFIG = BertConfig(
