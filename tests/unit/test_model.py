@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import shutil
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -148,6 +149,40 @@ def test_classifier_equals_hugging_face() -> None:
         token_type_ids=batch["segment_ids"],
     ).logits
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("attention", "hidden"), [(0.3, 0.0), (0.0, 0.3)], ids=["of attention", "of values"]
+)
+def test_dropout_moves_logits_as_far_as_hugging_face_s(attention: float, hidden: float) -> None:
+    """Each kind of dropout where BERT has it, and nowhere else: the logits' means and variances
+    over many masks are the same.
+    """
+    torch.manual_seed(0)
+    config = dataclasses.replace(
+        CONFIG, attention_probs_dropout_prob=attention, hidden_dropout_prob=hidden
+    )
+    ours = BertForSequenceClassification(config, num_labels=3)
+    with torch.no_grad():
+        for parameter in ours.parameters():  # at 0.02 attention is too even to matter
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    theirs = transformers.BertForSequenceClassification(
+        transformers.BertConfig(**dataclasses.asdict(config), num_labels=3)
+    )
+    theirs.load_state_dict(ours.state_dict())
+    inputs = [_batch()[name].repeat(200, 1) for name in ("input_ids", "input_mask", "segment_ids")]
+    names = ("input_ids", "attention_mask", "token_type_ids")
+
+    def drawn(logits: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """Means and variances, [5, 3], of 4,000 draws each."""
+        with torch.no_grad():
+            draws = torch.cat([logits().view(200, 5, 3) for _ in range(20)])
+        return draws.mean(0), draws.var(0)
+
+    mean, variance = drawn(lambda: ours.train()(*inputs))
+    wanted, spread = drawn(lambda: theirs.train()(**dict(zip(names, inputs, strict=True))).logits)
+    assert ((mean - wanted).abs() < 4.5 * ((variance + spread) / 4000).sqrt()).all()
+    assert (variance / spread).mean().item() == pytest.approx(1, abs=0.06)
 
 
 def _question_twins(kernels: Kernels) -> tuple[BertForQuestionAnswering, torch.nn.Module]:
