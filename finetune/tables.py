@@ -7,6 +7,7 @@ reader that takes it for more swallows rows. Every fault is a `DataError` with f
 import contextlib
 import csv
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,9 @@ def _find_columns(path: Path, header: Sequence[str], columns: Sequence[str]) -> 
     for column in columns:
         if column not in header:
             known = ", ".join(map(repr, header))
-            raise DataError(f"{path} line 1: no column {column!r}; its columns are {known}")
+            is_other = len(header) == 1 and column in re.split("[;,\t|]", header[0])
+            hint = "; TSV has TABs between its cells, CSV commas" if is_other else ""
+            raise DataError(f"{path} line 1: no column {column!r}; its columns are {known}{hint}")
         if (count := header.count(column)) > 1:
             raise DataError(f"{path} line 1: {count} columns {column!r}, wanted one; rename them")
     return [header.index(column) for column in columns]

@@ -227,7 +227,8 @@ class PretrainConfig:
         ]
         if changed:
             raise ConfigError(
-                f"bert.model asks for {', '.join(changed)}; {source.path} can't start such a model"
+                f"bert.model asks for {', '.join(changed)}; {source.path} can't start such a "
+                "model: leave its sizes out of bert.model, and the folder's are taken"
             )
         return dataclasses.replace(source.config, **{name: getattr(asked, name) for name in free})
 

@@ -114,6 +114,13 @@ def test_jsonl_faults(tmp_path, line: str, message: str) -> None:
         cells(write(tmp_path / "a.jsonl", line + "\n"), ["t", "y"])
 
 
+@pytest.mark.parametrize(("name", "line"), [("a.csv", "text;label"), ("a.tsv", "text,label")])
+def test_cells_between_other_marks_are_told(tmp_path, name: str, line: str) -> None:
+    path = write(tmp_path / name, f"{line}\none,1\n")
+    with pytest.raises(DataError, match=r"no column 'label'.*; TSV has TABs between its cells"):
+        cells(path, ["label"])
+
+
 def test_missing_column_names_those_that_are_there(tmp_path) -> None:
     path = write(tmp_path / "a.tsv", "text\tstars\n")
     with pytest.raises(DataError, match="line 1: no column 'label'; its columns are 'text', 'st"):
