@@ -174,15 +174,15 @@ def test_dropout_moves_logits_as_far_as_hugging_face_s(attention: float, hidden:
     names = ("input_ids", "attention_mask", "token_type_ids")
 
     def drawn(logits: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        """Means and variances, [5, 3], of 4,000 draws each."""
+        """Means and variances, [5, 3], of 1,600 draws each."""
         with torch.no_grad():
-            draws = torch.cat([logits().view(200, 5, 3) for _ in range(20)])
+            draws = torch.cat([logits().view(200, 5, 3) for _ in range(8)])
         return draws.mean(0), draws.var(0)
 
     mean, variance = drawn(lambda: ours.train()(*inputs))
     wanted, spread = drawn(lambda: theirs.train()(**dict(zip(names, inputs, strict=True))).logits)
-    assert ((mean - wanted).abs() < 4.5 * ((variance + spread) / 4000).sqrt()).all()
-    assert (variance / spread).mean().item() == pytest.approx(1, abs=0.06)
+    assert ((mean - wanted).abs() < 4.5 * ((variance + spread) / 1600).sqrt()).all()
+    assert (variance / spread).mean().item() == pytest.approx(1, abs=0.08)
 
 
 def _question_twins(kernels: Kernels) -> tuple[BertForQuestionAnswering, torch.nn.Module]:
