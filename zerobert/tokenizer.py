@@ -170,7 +170,9 @@ class WordPieceTokenizer:
         """The share of tokens with capitals, which hardly any has where text was lower-cased;
         those in brackets, which no text has, left out.
         """
-        words = [token for token in self.vocab if not (token[0] == "[" and token[-1] == "]")]
+        words = [
+            token for token in self.vocab if not (token.startswith("[") and token.endswith("]"))
+        ]
         return sum(token != token.lower() for token in words) / max(len(words), 1)
 
     @property
