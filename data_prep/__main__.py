@@ -284,7 +284,7 @@ def _run_text(arguments: argparse.Namespace) -> int:
 
 def _run_vocab(arguments: argparse.Namespace) -> int:
     from data_prep.sources import text_files
-    from zerobert.tokenizer import train_vocabulary
+    from zerobert.tokenizer import train_vocabulary, vocabulary_text
 
     if arguments.input_dir.resolve() in arguments.output.resolve().parents:
         raise ConfigError(
@@ -298,7 +298,7 @@ def _run_vocab(arguments: argparse.Namespace) -> int:
         vocab_size=arguments.vocab_size,
         do_lower_case=arguments.do_lower_case,
     )
-    text = "".join(f"{token}\n" for token in vocab)
+    text = vocabulary_text(vocab)
     if arguments.output.is_file() and arguments.output.read_bytes() != text.encode():
         raise ConfigError(
             f"--output {arguments.output} exists and is another file; remove it or choose another"

@@ -39,7 +39,7 @@ from zerobert.manifest import (
     write_text,
 )
 from zerobert.shards import VOCAB_NAME
-from zerobert.tokenizer import WordPieceTokenizer
+from zerobert.tokenizer import WordPieceTokenizer, vocabulary_text
 
 Array = npt.NDArray[Any]
 
@@ -131,7 +131,7 @@ def tokenize_text(
     }
     with resumable_folder(folder, identity) as staging:
         # The workers read this copy: the original may change under them.
-        write_text(staging / VOCAB_NAME, "".join(f"{token}\n" for token in tokenizer.vocab))
+        write_text(staging / VOCAB_NAME, vocabulary_text(tokenizer.vocab))
         tasks = [
             _Task(
                 ranges,

@@ -8,6 +8,7 @@ last: without a manifest `OUT/` is no model. The next run ends the moves of one 
 """
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -54,7 +55,8 @@ def told(out: Path) -> Iterator[None]:
     if not distributed.is_main():
         yield
         return
-    write_status(out, "running", None, kind="finetune")
+    tell = functools.partial(write_status, out, kind="finetune")
+    tell("running", None)
     try:
         yield
     except BaseException as error:
@@ -62,15 +64,9 @@ def told(out: Path) -> Iterator[None]:
         is_asked = code in (EXIT_TERMINATED, EXIT_INTERRUPTED)
         reason = "" if isinstance(error, SystemExit) else " ".join(str(error).split())
         with contextlib.suppress(DataError):  # a full disk: the first reason is the one to tell
-            write_status(
-                out,
-                "preempted" if is_asked else "failed",
-                code,
-                kind="finetune",
-                error=reason or type(error).__name__,
-            )
+            tell("preempted" if is_asked else "failed", code, error=reason or type(error).__name__)
         raise
-    write_status(out, "done", 0, kind="finetune")
+    tell("done", 0)
 
 
 def check_output(out: Path, model: Path) -> None:

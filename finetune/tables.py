@@ -96,7 +96,8 @@ def _tab_rows(
         cells = line.split("\t")
         if len(cells) == len(header):
             chosen = tuple(cells[index] for index in indices)
-            num_quoted += any(map(_is_csv_quoted, chosen))
+            if tells_of_quotes:
+                num_quoted += any(map(_is_csv_quoted, chosen))
             yield number, chosen
         elif skips_broken_rows:
             num_broken += 1
@@ -104,7 +105,7 @@ def _tab_rows(
             raise _wrong_width(path, number, header, cells, "TAB")
     if num_broken:
         print_aside(f"warning: {path}: left out {num_broken} rows torn by line breaks")
-    if num_quoted and tells_of_quotes:
+    if num_quoted:
         print_aside(
             f"warning: {path}: {num_quoted} rows are quoted as CSV is; between tabs a quote is a "
             "character like any other and stays in the text: write the file without quoting, or "

@@ -104,24 +104,25 @@ class Run:
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """Read what is there; only a folder without metrics and status is none of a run.
+    """Read what is there; a run that only began has its status and no metrics yet.
 
     Raises:
-        ConfigError: the folder is not that of a run.
+        ConfigError: the folder is not that of a pretraining run.
         DataError: its metrics can't be read.
     """
     metrics = folder / METRICS_NAME
-    if not metrics.is_file() and not (folder / STATUS_NAME).is_file():
+    has_metrics = metrics.is_file()
+    if not has_metrics and not (folder / STATUS_NAME).is_file():
         raise ConfigError(
             f"{folder}: wanted the output folder of a pretraining run, found no {METRICS_NAME}; "
             "`bash launch.sh pretrain` makes one"
         )
     status = read_status(folder)
-    if not metrics.is_file() and (status.get("kind") == "finetune" or is_complete(folder)):
+    if not has_metrics and (status.get("kind") == "finetune" or is_complete(folder)):
         raise ConfigError(
             f"{folder} is of a fine-tuning run, whose page is made as it ends: see its report.html"
         )
-    lines = read_metrics(metrics) if metrics.is_file() else []
+    lines = read_metrics(metrics) if has_metrics else []
     kept, given_up, events = _follow(lines)
     state = str(status.get("state", "-"))
     return Run(

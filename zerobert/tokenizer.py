@@ -112,7 +112,7 @@ class WordPieceTokenizer:
             strip_accents=strip_accents,
             tokenize_chinese_chars=tokenize_chinese_chars,
         )
-        self.sha256 = hashlib.sha256(_as_text(vocab).encode()).hexdigest()
+        self.sha256 = hashlib.sha256(vocabulary_text(vocab).encode()).hexdigest()
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = map(
             self.vocab.index, SPECIAL_TOKENS
         )
@@ -246,7 +246,7 @@ class WordPieceTokenizer:
         }
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / VOCAB_NAME).write_bytes(_as_text(self._words).encode())
+            (folder / VOCAB_NAME).write_bytes(vocabulary_text(self._words).encode())
         write_json(folder / TOKENIZER_NAME, json.loads(self._tokenizer.to_str()))
         write_json(folder / "tokenizer_config.json", config)
 
@@ -281,7 +281,8 @@ def _with_added(words: tuple[str, ...], added: Sequence[AddedWord], where: str) 
     return tuple(ids)
 
 
-def _as_text(vocab: Iterable[str]) -> str:
+def vocabulary_text(vocab: Iterable[str]) -> str:
+    """What a `vocab.txt` holds: a token a line."""
     return "".join(f"{token}\n" for token in vocab)
 
 

@@ -40,9 +40,8 @@ class _Attention(Function):
     ) -> Tensor:
         inputs = (q_TND, k_TND, v_TND)
         # Parts of one product lie apart, each token's heads together; they are read where they are.
-        width = q_TND.shape[-1]
-        steps = {x_TND.stride(0) for x_TND in inputs}
-        if {x_TND.stride()[1:] for x_TND in inputs} != {(width, 1)} or len(steps) > 1:
+        is_alike = len({x_TND.stride() for x_TND in inputs}) == 1
+        if not is_alike or q_TND.stride()[1:] != (q_TND.shape[-1], 1):
             inputs = (q_TND.contiguous(), k_TND.contiguous(), v_TND.contiguous())
         made = native.attention_forward(*inputs, starts, longest, drop)
         ctx.save_for_backward(*inputs, *made, starts)
