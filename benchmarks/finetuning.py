@@ -4,8 +4,8 @@
 
 Both train the same checkpoint on the same sentences with AdamW, the same rates, decay and clipping.
 The Trainer's batches are drawn at random and padded to their longest sentence (its run_glue.py
-with `--pad_to_max_length False`) or all to `--max_seq_length` (its default); ours are of sentences
-of like length, without the padding that is left. Before anything is timed both models give the
+with `--pad_to_max_length False`) or all to `--max_seq_length` (its default); ours are drawn at
+random too, and padding is left out. Before anything is timed both models give the
 same loss on the same batch. With `--seeds` each trains `--num_train_epochs` from each seed, and the
 scores on the dev set stand side by side. Where transformers is not installed ours runs alone.
 """

@@ -1,4 +1,4 @@
-"""Examples as a model reads them: encoded, batched with others of like length, answered.
+"""Examples as a model reads them: encoded, batched, answered.
 
 Shapes: B batch, S sequence, C classes, N examples.
 """
@@ -23,7 +23,6 @@ from zerobert.signals import StopRequest
 from zerobert.tokenizer import WordPieceTokenizer
 
 SEQ_LENGTH = 128  # where nobody says another
-_BUCKET_BATCHES = 50
 _LENGTH_MULTIPLE = 8  # widths that tensor cores like
 _EVAL_BATCH_SIZE = 64
 
@@ -133,21 +132,15 @@ def encode(examples: Examples, tokenizer: WordPieceTokenizer, *, max_seq_length:
 
 
 def epoch_batches(
-    lengths_N: npt.NDArray[np.int64], *, batch_size: int, seed: int, epoch: int
+    num_examples: int, *, batch_size: int, seed: int, epoch: int
 ) -> list[npt.NDArray[np.int64]]:
     """The examples of each batch of an epoch: a pure function of (seed, epoch).
 
-    The shuffled examples are sorted by length within buckets of many batches, so that a batch needs
-    little padding; the order of a bucket's batches is drawn anew.
+    Drawn at random whatever their lengths: padding is left out anyhow, and sentences of like length
+    are often of one source with labels of its own.
     """
-    generator = np.random.default_rng([seed, epoch])
-    order = generator.permutation(len(lengths_N))
-    batches = []
-    for bucket in _cut(order, _BUCKET_BATCHES * batch_size):
-        bucket = bucket[np.argsort(lengths_N[bucket], kind="stable")]
-        in_bucket = _cut(bucket, batch_size)
-        batches += [in_bucket[i] for i in generator.permutation(len(in_bucket))]
-    return batches
+    order = np.random.default_rng([seed, epoch]).permutation(num_examples)
+    return _cut(order, batch_size)
 
 
 def _cut(items: npt.NDArray[np.int64], size: int) -> list[npt.NDArray[np.int64]]:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -139,7 +138,7 @@ def train(
     started = time.perf_counter()
     engine.train()
     batches = itertools.islice(
-        _all_batches(examples.lengths(), batch_size, settings.seed), first_step, total_steps
+        _all_batches(len(examples), batch_size, settings.seed), first_step, total_steps
     )
     for step, (epoch, number, ends_epoch, indices) in enumerate(batches, start=first_step + 1):
         # As in DeepSpeed, a step that an overflow left out does not move the schedule.
@@ -174,11 +173,11 @@ def train(
 
 
 def _all_batches(
-    lengths_N: npt.NDArray[np.int64], batch_size: int, seed: int
+    num_examples: int, batch_size: int, seed: int
 ) -> Iterator[tuple[int, int, bool, Indices]]:
     """Epoch from 0, batch from 1, whether it is the epoch's last, and its examples; without end."""
     for epoch in itertools.count():
-        batches = epoch_batches(lengths_N, batch_size=batch_size, seed=seed, epoch=epoch)
+        batches = epoch_batches(num_examples, batch_size=batch_size, seed=seed, epoch=epoch)
         for number, indices in enumerate(batches, start=1):
             yield epoch, number, number == len(batches), indices
 

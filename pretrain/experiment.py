@@ -85,7 +85,7 @@ class Experiment:
         return footprint.state_bytes(
             self.parameters,
             precision=served.precision(self.config.deepspeed),
-            stage=self.config.deepspeed.get("zero_optimization", {}).get("stage", 0),
+            stage=served.stage(self.config.deepspeed, distributed.world_size()),
             ranks=distributed.world_size(),
         )
 
@@ -103,9 +103,9 @@ class Experiment:
 
     def facts(self) -> dict[str, str]:
         """The size of the undertaking, for `--dry_run` and the first lines of a run."""
-        stage = self.config.deepspeed.get("zero_optimization", {}).get("stage", 0)
         low = served.precision(self.config.deepspeed)
         ranks = distributed.world_size()
+        stage = served.stage(self.config.deepspeed, ranks)
         rows = sum(shard.num_rows for shard in self.training)
         flops = self.flops_per_sequence * self.sizes.global_samples
         data, words = f"epochs of {rows:,} sequences", self.folder.tokenizer

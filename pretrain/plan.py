@@ -251,7 +251,7 @@ def _run(args: argparse.Namespace, experiment: config.PretrainConfig) -> cost.Ru
             f"{model.max_position_embeddings}, got {length}"
         )
     zero = ds.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
+    stage = served.stage(ds, args.num_gpus)
     computed = served.computes_in(ds)
     run = cost.Run(
         model=model,

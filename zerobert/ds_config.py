@@ -4,6 +4,7 @@ import argparse
 import copy
 import dataclasses
 import math
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from zerobert.errors import ConfigError
 _PRECISION_SECTIONS = ("fp16", "bf16", "torch_autocast", "data_types")
 _DEEPSPEED_CLIPPING = 1.0  # what it clips at where a file says nothing
 _PADDLE_LOSS_SCALE = 2.0**15  # of its --use_amp where --scale_loss says nothing
+_SHA256 = re.compile("[0-9a-f]{64}")
 _BF16 = {"bf16": {"enabled": True}}
 
 
@@ -169,7 +171,7 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], where: str
     """
     names = sorted(set(before) | set(now))
     changed = [
-        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        f"{name} was {_shown(before.get(name))}, is {_shown(now.get(name))}"
         for name in names
         if before.get(name) != now.get(name)
     ]
@@ -178,3 +180,9 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], where: str
             f"{where} is of a run with other settings: {'; '.join(changed)}; use the settings it "
             "was started with, another --output_dir, or --resume never"
         )
+
+
+def _shown(value: object) -> str:
+    """As a message names it: of a checksum the beginning."""
+    is_checksum = isinstance(value, str) and _SHA256.fullmatch(value)
+    return f"{str(value)[:12]}..." if is_checksum else repr(value)

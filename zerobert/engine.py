@@ -171,7 +171,7 @@ class Engine:
         served.check(ds_config)
         check_device(ds_config)
         config = _completed(ds_config, optimizer)
-        self._stage = config.get("zero_optimization", {}).get("stage", 0)
+        self._stage = config["zero_optimization"]["stage"]
         self._precision = served.precision(config)
         self._is_autocast = served.computes_in(config) != self._precision
         # At stage 3 a parameter's shape is gone once DeepSpeed has it. What the state dict leaves
@@ -597,7 +597,8 @@ def _completed(ds_config: Mapping[str, Any], optimizer: torch.optim.Optimizer) -
         # DeepSpeed doubts every optimizer but its own, with reason: a trust ratio of a flat shard
         # is wrong. Ours knows the parameters inside the shard.
         config["zero_allow_untested_optimizer"] = True
-    stage = config.get("zero_optimization", {}).get("stage", 0)
+    stage = served.stage(config, distributed.world_size())
+    config["zero_optimization"] = {**config.get("zero_optimization", {}), "stage": stage}
     dtype = served.grad_accum_dtype(config)
     if dtype == "fp32" and stage <= 1 and config.get("communication_data_type") is None:
         # In 16 bits the sum over ranks would round what the micro-steps' sum has kept. Here it is

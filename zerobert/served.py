@@ -35,6 +35,7 @@ _UNSERVED_ZERO = (
     "mics_hierarchical_params_gather",
     "stage3_module_granularity_threshold",
 )
+_LOWEST_OFFLOAD_STAGES = {"offload_optimizer": 1, "offload_param": 3}
 # They keep the masters or the moments in 16 bits.
 _ROUNDED_STATE = {
     "bf16": ("bf16_master_weights_and_grads", "bf16_optimizer_states"),
@@ -101,6 +102,20 @@ def precision(ds_config: Mapping[str, Any]) -> str:
     return "fp32"
 
 
+def stage(ds_config: Mapping[str, Any], ranks: int) -> int:
+    """The ZeRO stage that so many ranks train at: the configuration's, or 0 for one rank in fp32,
+    where a higher one shares nothing out, and keeps a second copy of weights and gradients.
+    """
+    zero = ds_config.get("zero_optimization", {})
+    asked: int = zero.get("stage", 0)
+    is_offloaded = any(_offloads_to(zero, name) != "none" for name in _LOWEST_OFFLOAD_STAGES)
+    return 0 if ranks == 1 and precision(ds_config) == "fp32" and not is_offloaded else asked
+
+
+def _offloads_to(zero: Mapping[str, Any], name: str) -> str:
+    return str((zero.get(name) or {}).get("device", "none"))
+
+
 def computes_in(ds_config: Mapping[str, Any]) -> str:
     """`fp16`, `bf16` or `fp32`: what the matrix products of the forward pass are computed in."""
     autocast = ds_config.get("torch_autocast", {})
@@ -136,7 +151,7 @@ def check(ds_config: Mapping[str, Any]) -> None:
     for name in _UNSERVED_ZERO:
         if zero.get(name):
             raise ConfigError(f"zero_optimization.{name} is not served; remove it")
-    for name, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
+    for name, lowest in _LOWEST_OFFLOAD_STAGES.items():
         _check_offload(zero.get(name) or {}, f"zero_optimization.{name}", stage, lowest)
     if ds_config.get("checkpoint", {}).get("load_universal", False):
         raise ConfigError("checkpoint.load_universal is not served yet; remove it")
@@ -163,7 +178,7 @@ def check_lamb_kernel(kernel: str, ds_config: Mapping[str, Any], params: object)
     """
     zero = ds_config.get("zero_optimization", {})
     is_sharded = zero.get("stage", 0) > 0
-    is_offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    is_offloaded = _offloads_to(zero, "offload_optimizer") != "none"
     if kernel == "apex" and is_sharded:
         raise ConfigError(
             "bert.kernels.lamb 'apex' takes whole parameters, which ZeRO stage 1 and above cut up; "

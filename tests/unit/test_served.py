@@ -156,6 +156,17 @@ def test_precision_is_that_of_the_weights() -> None:
     assert served.precision({"torch_autocast": {"enabled": True}}) == "fp32"
 
 
+@pytest.mark.parametrize("asked", [0, 1, 2, 3])
+def test_one_rank_in_fp32_shares_nothing_out(asked: int) -> None:
+    zero = {"stage": asked, "offload_param": {"device": "none"}}
+    assert served.stage({"zero_optimization": zero}, 1) == 0
+    assert served.stage({"zero_optimization": zero}, 2) == asked
+    assert served.stage({"zero_optimization": zero} | BF16, 1) == asked
+    assert served.stage({"zero_optimization": {**zero, "offload_optimizer": None}}, 1) == 0
+    offloaded = {**zero, "offload_optimizer": {"device": "cpu"}}
+    assert served.stage({"zero_optimization": offloaded}, 1) == asked
+
+
 def test_what_is_computed_in_may_be_less_than_the_weights() -> None:
     autocast = {"enabled": True, "dtype": "bfloat16"}
     assert served.computes_in({"torch_autocast": autocast}) == "bf16"

@@ -590,6 +590,8 @@ def test_another_length_or_other_data_is_another_run(tmp_path: Path) -> None:
         check_same_run(identity_of(config), identity_of(config, steps=60), "s")
     with pytest.raises(ConfigError, match=r"data\.rows was 10, is 11"):
         check_same_run(identity_of(config), identity_of(config, rows=11), "s")
+    with pytest.raises(ConfigError, match=r"vocabulary was aaaaaaaaaaaa\.\.\., is None"):
+        check_same_run({"vocabulary": "a" * 64}, {}, "s")
 
 
 def test_by_time_the_budget_makes_the_run_and_its_steps_do_not(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_two_steps_are_as_the_recipe_says(trained: dict[str, Any], name: str) ->
             assert (group["bias_correction"], group["use_nvlamb"]) == (True, False)
             assert (group["min_coeff"], group["max_coeff"]) == (None, None)
     assert found["clipping"] == raw["gradient_clipping"]
-    assert found["stage"] == raw["zero_optimization"]["stage"]
+    assert found["stage"] == 0 < raw["zero_optimization"]["stage"]  # one rank, in fp32
 
     model = raw["bert"]["model"]
     dropouts = {model.get(f"{part}_dropout_prob", 0.1) for part in ("hidden", "attention_probs")}
