@@ -112,7 +112,7 @@ def main() -> int:
 def _train(args: argparse.Namespace, stop: StopRequest) -> int:
     import torch
 
-    from pretrain import experiment
+    from pretrain import experiment, training
     from zerobert import distributed
 
     with distributed.one_voice():
@@ -129,7 +129,7 @@ def _train(args: argparse.Namespace, stop: StopRequest) -> int:
         if distributed.is_main():
             _print_plan(run)
         return 0
-    return experiment.train(run, args, stop)
+    return training.train(run, args, stop)
 
 
 def _print_plan(run: "Experiment") -> None:

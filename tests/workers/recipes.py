@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from pretrain import experiment
+from pretrain import experiment, training
 from pretrain.config import PretrainConfig
 from pretrain.run import parse_args
 from zerobert.engine import Engine, init_distributed, leave_distributed
@@ -85,9 +85,9 @@ def train(path: Path, shards: Path, out: Path) -> Findings:
 
     with (
         mock.patch.object(PretrainConfig, "rate", recorded_rate),
-        mock.patch.object(experiment, "Engine", recorded_engine),
+        mock.patch.object(training, "Engine", recorded_engine),
     ):
-        code = experiment.train(run, args, stop)  # type: ignore[arg-type]
+        code = training.train(run, args, stop)  # type: ignore[arg-type]
     lines = (out / "metrics.jsonl").read_text().splitlines()
     metrics = [json.loads(line) for line in lines]
     return {
