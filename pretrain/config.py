@@ -114,6 +114,8 @@ class RunConfig:
         for name in ("eval_steps", "eval_rows", "keep_every_steps", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: wanted at least 0, got {getattr(self, name)}")
+        if self.seed >= 2**64:
+            raise ConfigError(f"seed: wanted less than 2^64, got {self.seed}")
         if not 1 <= self.collective_timeout_s < math.inf:
             raise ConfigError(
                 f"collective_timeout_s: wanted at least 1, got {self.collective_timeout_s}"

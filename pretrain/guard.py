@@ -16,8 +16,8 @@ _LEAST_LINES = 5
 class GuardConfig:
     """The JSON's `"guard"` section: what counts as gone wrong, and what is done then.
 
-    A loss or gradient norm that is no finite number always counts, and so does a loss scale that
-    overflows at its least value.
+    A loss that is no finite number always counts; so do gradients that are none in several steps
+    in a row, each of which is left out, and a loss scale that overflows at its least value.
 
     Attributes:
         action: `stop`, or `rollback`: go back to an earlier state, and leave out the samples that

@@ -26,6 +26,16 @@ from zerobert.model import PretrainingLosses
 from zerobert.signals import StopRequest
 from zerobert.tracking import Tracker
 
+_REMEDY = (
+    "lower the learning rate or lengthen the warm-up, and start in another --output_dir, anew or "
+    "from a model before it (--init_from)"
+)
+_WITHOUT_ROLLBACK = (
+    'where a state was saved before, set "guard": {"action": "rollback"} in the JSON\'s "bert" '
+    "section and run the same command again, which leaves out the samples that did it; else "
+    + _REMEDY
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopConfig:
@@ -34,6 +44,7 @@ class LoopConfig:
     Attributes:
         total_steps, max_train_s: the limit that is met first ends the run; None for no such limit.
         rate: the learning rate of an update, from the updates and the seconds before it.
+        begins_elsewhere: the state that it begins from lies in another run's folder.
     """
 
     total_steps: int | None
@@ -48,6 +59,7 @@ class LoopConfig:
     nsp: bool = True
     peak_flops: float | None
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
+    begins_elsewhere: bool = False
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -111,8 +123,12 @@ def train(
                 engine, loader, held_out, state, cfg, saver, tracker, stop, profiler
             )
         except TrainingDivergedError as error:
-            if cfg.guard.action == "stop" or num_rollbacks == cfg.guard.max_rollbacks:
-                raise
+            if cfg.guard.action == "stop":
+                raise TrainingDivergedError(f"{error}; {_WITHOUT_ROLLBACK}") from error
+            if num_rollbacks == cfg.guard.max_rollbacks:
+                raise TrainingDivergedError(
+                    f"{error}, after {num_rollbacks} rollbacks; {_REMEDY}"
+                ) from error
             num_rollbacks += 1
             roll_back(engine, state, cfg, saver, tracker, error)
         else:
@@ -136,7 +152,7 @@ def train_on(
     exit_code = 0
     fault: DataError | SystemExit | None = None
     window, spikes = Window(), SpikeGuard(cfg.guard)
-    saved_step = state.step
+    saved_step = None if cfg.begins_elsewhere else state.step
     started_s = time.perf_counter() - state.elapsed_s
     last_step = math.inf if cfg.total_steps is None else cfg.total_steps
     budget_s = math.inf if cfg.max_train_s is None else cfg.max_train_s
@@ -213,12 +229,12 @@ def roll_back(
     collective.
 
     Raises:
-        TrainingDivergedError: this very error: there is no state to go back to.
+        TrainingDivergedError: there is no state to go back to.
     """
     wrong = dataclasses.replace(state)
     target = saver.go_back(wrong, cfg.guard.rollback_states, str(error))
     if target is None:
-        raise error
+        raise TrainingDivergedError(f"{error}, and no state was saved before; {_REMEDY}") from error
     restored = run_state.restore(engine, target)
     restored.position = wrong.position
     # The time that was lost is spent all the same.
@@ -365,19 +381,12 @@ def check_finite(engine: Engine, window: Window, step: int) -> None:
     """Stop before weights that are no numbers are saved; collective.
 
     Raises:
-        TrainingDivergedError: the loss or, where no loss scale makes that usual, the gradient norm.
+        TrainingDivergedError: the loss is none.
     """
     here = float(window.mlm_loss_sum) + float(window.nsp_loss_sum)
-    norm = engine.grad_norm if engine.loss_scale == 1 else 0.0
-    (total,) = distributed.all_reduce_sum([here + norm])
+    (total,) = distributed.all_reduce_sum([here])
     if not math.isfinite(total):
-        raise TrainingDivergedError(
-            f"the loss or its gradient is no finite number at step {step}; the states saved before "
-            'are kept: set "guard": {"action": "rollback"} in the JSON\'s "bert" section and run '
-            "the same command again, which leaves out the samples that did it; or lower the "
-            "learning rate and start from a model of this run with --init_from, in another "
-            "--output_dir"
-        )
+        raise TrainingDivergedError(f"the loss is no finite number at step {step}")
 
 
 def agreed_exit_code(stop: StopRequest) -> int:

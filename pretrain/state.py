@@ -250,11 +250,20 @@ def find_state(path: Path, resume: str) -> Path | None:
         resume: `auto`, `never`, or the path of a state folder.
 
     Raises:
-        CheckpointError: the state that was named can't be used, or all there are, are damaged.
+        CheckpointError: the state that was named can't be used, or all there are, are damaged, or
+            all there were, are gone.
     """
     if resume == "never":
         return None
-    return _first_sound(_states(path) if resume == "auto" else [Path(resume)])
+    if resume != "auto":
+        return _first_sound([Path(resume)])
+    states = _states(path)
+    if not states and (path / LATEST_NAME).exists():  # written when a first state was whole
+        raise CheckpointError(
+            f"{path} holds a run whose states are gone: it can't go on, and would be written over; "
+            "name another --output_dir, or move it aside with --resume never"
+        )
+    return _first_sound(states)
 
 
 def _first_sound(candidates: Sequence[Path]) -> Path | None:

@@ -92,8 +92,11 @@ def _train(
                 manifest.verify_folder(config.init_state)
             training.restore_moments(StateReader(config.init_state))
         _say(f"moments of {config.init_state}")
+    is_elsewhere = (
+        resume_from is not None and resume_from.resolve().parent != run.folder.path.resolve()
+    )
     with _tracker(run, state) as tracker:
-        code = _loop(run, training, state, tracker, stop, args)
+        code = _loop(run, training, state, tracker, stop, args, begins_elsewhere=is_elsewhere)
     training.close()
     return code
 
@@ -209,6 +212,8 @@ def _loop(
     tracker: Any,
     stop: StopRequest,
     args: argparse.Namespace,
+    *,
+    begins_elsewhere: bool,
 ) -> int:
     settings = run.config.bert.run
     order = sample_order(run.training, seed=settings.seed, global_samples=run.sizes.global_samples)
@@ -246,6 +251,7 @@ def _loop(
                 nsp=run.nsp,
                 peak_flops=peak_flops(training.device),
                 guard=run.config.bert.guard,
+                begins_elsewhere=begins_elsewhere,
             ),
             saver,
             tracker,

@@ -21,6 +21,11 @@ _SECTIONS = (
 )
 _PRECISIONS = ("fp16", "bf16", "torch_autocast")
 _UNSERVED = ("autotuning", "compile", "data_efficiency")
+_DONE_ELSEWHERE = {
+    "activation_checkpointing": 'set "bert": {"kernels": {"activation_checkpointing": true}}',
+    "dataloader_drop_last": "remove it: no row is ever dropped",
+    "seed": 'set "bert": {"run": {"seed": ...}} or give --seed',
+}
 # Parts of ZeRO that round what is sent, place shards in another way or replace the optimizer.
 _UNSERVED_ZERO = (
     "zero_quantized_weights",
@@ -256,11 +261,9 @@ def _check_types(ds_config: Mapping[str, Any]) -> None:
         raise ConfigError(
             f'{name} is "auto", which only the Trainer of Hugging Face fills in; give a value'
         )
-    if "activation_checkpointing" in ds_config:
-        raise ConfigError(
-            "activation_checkpointing: DeepSpeed's section would do nothing here; set "
-            '"bert": {"kernels": {"activation_checkpointing": true}} instead'
-        )
+    for name, remedy in _DONE_ELSEWHERE.items():
+        if name in ds_config:
+            raise ConfigError(f"{name}: DeepSpeed's key would do nothing here; {remedy}")
     for name in _UNSERVED:
         if name in ds_config:
             raise ConfigError(f"{name}: this section is not served and would do nothing; remove it")

@@ -43,6 +43,14 @@ def test_gradients_go_over_ranks_in_fp32_where_they_are_added_up_in_it(
     assert _completed(ds_config).get("communication_data_type") == dtype
 
 
+def test_the_norm_of_a_long_tensor_is_exact() -> None:
+    gradients = [torch.randn(3001, 999, generator=torch.Generator().manual_seed(0)), torch.ones(3)]
+    exact = torch.cat([g.double().flatten() for g in gradients]).norm().item()
+    assert engine._norm(gradients) == pytest.approx(exact, rel=1e-6)
+    added_up = float(torch.stack(torch._foreach_norm(gradients)).norm())
+    assert added_up != pytest.approx(exact, rel=1e-5)  # else torch's own would do
+
+
 def _completed(ds_config: dict[str, Any]) -> dict[str, Any]:
     parameter = torch.nn.Parameter(torch.zeros(1))
     return engine._completed(ds_config, torch.optim.SGD([parameter], lr=0.1))

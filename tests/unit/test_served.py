@@ -232,8 +232,9 @@ def test_a_section_of_the_wrong_kind_is_named(config: dict[str, Any], words: str
         ({"gradient_clipping": float("nan")}, "gradient_clipping: wanted a number from 0 on"),
         (
             {"activation_checkpointing": {}},
-            "activation_checkpointing: DeepSpeed's section would do nothing here",
+            "activation_checkpointing: DeepSpeed's key would do nothing here",
         ),
+        ({"seed": 7}, "seed: .*give --seed"),
     ],
 )
 def test_what_would_fail_late_or_do_nothing_is_named(config: dict[str, Any], words: str) -> None:

@@ -187,8 +187,8 @@ def _update_piece(
         w = weight[start:end]
         update = buffer[start:end] if keeps else buffer[: end - start]
         _move(w, gradient[start:end], m[start:end], v[start:end], rates, update)
-        weight_square += _square(w)
-        update_square += _square(update)
+        weight_square += square(w)
+        update_square += square(update)
     return weight_square, update_square
 
 
@@ -219,8 +219,8 @@ def _adam(pieces: Pieces, rates: Rates, lr: float) -> None:
     )
 
 
-def _square(block: Tensor) -> float:
-    """The sum of squares, to fp32's accuracy however long the block is."""
+def square(block: Tensor) -> float:
+    """The sum of squares of a flat tensor on the CPU, to fp32's accuracy however long it is."""
     whole = block.numel() // _ROW * _ROW
     rest = block[whole:]
     norms = torch.linalg.vector_norm(block[:whole].view(-1, _ROW), dim=1)

@@ -295,6 +295,15 @@ def test_nothing_to_resume_is_a_new_start(tmp_path: Path) -> None:
     assert find_state(tmp_path, "auto") is None
 
 
+def test_a_run_whose_states_are_gone_is_not_begun_anew_in_its_place(tmp_path: Path) -> None:
+    save_steps(tmp_path, 3, 6)
+    for step in (3, 6):
+        shutil.rmtree(tmp_path / f"state_{step}")
+    with pytest.raises(CheckpointError, match=r"states are gone: .*--resume never"):
+        find_state(tmp_path, "auto")
+    assert find_state(tmp_path, "never") is None
+
+
 def test_never_looks_at_nothing(tmp_path: Path) -> None:
     save_steps(tmp_path, 3)
     assert find_state(tmp_path, "never") is None
