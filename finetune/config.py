@@ -72,7 +72,9 @@ def choose_settings(
         num_epochs=num_epochs if epochs is None else epochs,
         max_steps=None if args.max_steps == -1 else args.max_steps,
         schedule=ScheduleConfig(
-            warmup_steps=args.warmup_steps, warmup_proportion=args.warmup_proportion
+            # PaddleNLP's and Hugging Face's 0, their defaults, leave it to the proportion.
+            warmup_steps=args.warmup_steps or None,
+            warmup_proportion=args.warmup_proportion,
         ),
         layer_decay=args.layer_decay,
         logging_steps=args.logging_steps,

@@ -204,7 +204,7 @@ def _choose(
     seeds = parse_seeds(args)
     own_folders = [out / f"seed_{seed}" for seed in seeds] if len(seeds) > 1 else []
     for folder in (out, *own_folders):
-        check_output(folder, Path(model))
+        check_output(folder, Path(model), job.prediction_names(task, args.do_predict))
     return seeds, config.choose_settings(
         args,
         seeds[0],

@@ -61,7 +61,7 @@ def add_training_flags(
     add("--max_steps", type=int, default=-1, help="end earlier; -1 for no limit (default)")
     # Source of the defaults: google-research/bert run_classifier.py and optimization.py.
     add("--warmup_proportion", type=float, default=0.1, help="share of the steps (default: 0.1)")
-    add("--warmup_steps", type=int, help="wins over the proportion")
+    add("--warmup_steps", type=int, help="above 0 wins over the proportion")
     add(
         "--layer_decay",
         type=float,

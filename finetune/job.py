@@ -94,7 +94,6 @@ def prepare(
 
     train = read(task.train, versions)[1] if task.train else None
     dev = [read(split, versions) for split in task.dev]
-    needs_test = do_predict or not task.train
     return Job(
         task=task,
         folder=folder,
@@ -102,13 +101,23 @@ def prepare(
         random_init=random_init and task.train is not None,
         train=train,
         dev=tuple(encoded for _, encoded in dev),
-        test=tuple(read(split, test_versions)[1] for split in task.test if needs_test),
+        test=tuple(read(split, test_versions)[1] for split in _tests(task, do_predict)),
         dev_examples=tuple(examples for examples, _ in dev),
         max_seq_length=length,
         versions=versions,
         test_versions=test_versions,
         stop=stop,
     )
+
+
+def _tests(task: Task, do_predict: bool) -> Sequence[Split]:
+    """The test sets that are answered: of a task that can't be trained on there is nothing else."""
+    return task.test if do_predict or not task.train else ()
+
+
+def prediction_names(task: Task, do_predict: bool) -> list[str]:
+    """The names of the files with the answers to the test sets."""
+    return [f"{split.submission}.tsv" for split in _tests(task, do_predict)]
 
 
 def _check_labels(task: Task, folder: ModelFolder) -> None:
@@ -145,7 +154,7 @@ def run_seeds(
             check_states(job, settings, seeds, out)
     if len(seeds) == 1 or not job.train:
         return run(job, _with_seed(settings, seeds[0]), out, stop, resumes=resumes)
-    reuses = resumes and not manifest.is_complete(out)  # else all seeds came to their end
+    reuses = resumes and finished(job, settings, seeds, out) is None
     results = []
     for seed in seeds:
         batches.end_if_asked(stop)
@@ -305,7 +314,7 @@ def _load_start(job: Job, model: nn.Module) -> None:
     task, folder = job.task, job.folder
     answers_alike = folder.labels == task.label_names and folder.is_regression == task.is_regression
     new = checkpoint.load_weights(model, folder, with_task_head=answers_alike)
-    if "classifier.weight" not in new:
+    if "classifier.weight" not in new and task.train:
         print(f"{task.name}: the classifier of {folder.path} is trained on")
     if any(name.startswith("bert.pooler.") for name in new):
         print(f"{task.name}: the pooler is new: {folder.path} has none")
@@ -379,9 +388,9 @@ def _predict(job: Job, forward: Callable[..., torch.Tensor]) -> list[npt.NDArray
 def _write_predictions(
     job: Job, predictions: Sequence[npt.NDArray[np.float32]], folder: Path
 ) -> None:
-    for split, logits_NC in zip(job.task.test, predictions, strict=False):
-        given = metrics.answers(job.task, logits_NC)
-        metrics.write_predictions(folder / f"{split.submission}.tsv", job.task, given)
+    names = prediction_names(job.task, do_predict=bool(predictions))
+    for name, logits_NC in zip(names, predictions, strict=True):
+        metrics.write_predictions(folder / name, job.task, metrics.answers(job.task, logits_NC))
 
 
 def _write_report(

@@ -16,13 +16,16 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from finetune.report import REPORT_NAME
 from zerobert import distributed, manifest
+from zerobert.checkpoint import MODEL_NAMES
 from zerobert.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, ConfigError, DataError, exit_code
 from zerobert.manifest import MANIFEST_NAME
 from zerobert.tracking import write_status
 
 RESULT_NAME = "result.json"
 STATE_NAME = "state"
+_NAMES = (*MODEL_NAMES, REPORT_NAME)  # of a finished model's files, whatever its task
 _COMPLETED, _OLDER = ".completed", ".older"
 _WRITTEN_ON_THE_WAY = re.compile(rf"step_\d+|{STATE_NAME}")
 
@@ -69,8 +72,12 @@ def told(out: Path) -> Iterator[None]:
     tell("done", 0)
 
 
-def check_output(out: Path, model: Path) -> None:
+def check_output(out: Path, model: Path, predictions: Collection[str] = ()) -> None:
     """Refuse a folder whose contents fine-tuning did not write.
+
+    Args:
+        model: the one to start from.
+        predictions: the names of the files for them.
 
     Raises:
         ConfigError: it is or holds the model to start from, is a file, is another model's folder,
@@ -90,12 +97,21 @@ def check_output(out: Path, model: Path) -> None:
             f"--output_dir {out} holds a model that fine-tuning did not write; "
             "choose another folder"
         )
+    needed = {*predictions, *(() if (out / RESULT_NAME).exists() else _NAMES)} - _written(out)
     for path in sorted(out.iterdir()) if out.is_dir() else ():
-        if _WRITTEN_ON_THE_WAY.fullmatch(path.name) and not manifest.is_complete(path):
+        is_way = _WRITTEN_ON_THE_WAY.fullmatch(path.name) and not manifest.is_complete(path)
+        if is_way or path.name in needed:
             raise ConfigError(
                 f"--output_dir {out}: fine-tuning did not write {path}, and would write over it; "
                 "move it away or choose another folder"
             )
+
+
+def _written(out: Path) -> set[str]:
+    """The names of the files that runs have written, the last of them not yet moved up perhaps."""
+    folders = (out, out / _COMPLETED, out / _COMPLETED / _OLDER)
+    records = [manifest.read_manifest(folder) for folder in folders if manifest.is_complete(folder)]
+    return {name for record in records for name in record.files}
 
 
 def announce_replacement(out: Path) -> None:

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
             )
             model = args.model_name_or_path or str(newest_model(RUNS))
             out = args.output_dir or RUNS / "finetune" / "SQuAD"
-            output.check_output(out, Path(model))
+            output.check_output(out, Path(model), [PREDICTIONS_NAME])
             if slow := slow_precision(this_device(), computes_in(settings.deepspeed)):
                 print(f"warning: {slow}")
         job = prepare(args, model, stop)

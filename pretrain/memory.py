@@ -8,6 +8,7 @@ run forward, and what a sequence takes is the difference between them.
 import dataclasses
 import functools
 import gc
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from zerobert.model import BertForPreTraining, PretrainingLosses
 # Allocators round up and fragment; communication and libraries want some too.
 _USABLE = 0.9
 _PROBES = (2, 4)
+_CGROUP = Path("/sys/fs/cgroup")
 _ADVICE = 'try "kernels": {"activation_checkpointing": true}, a higher ZeRO stage or shorter rows'
 
 
@@ -139,28 +141,45 @@ def full_batch(
 ) -> dict[str, Tensor]:
     """Rows without padding: the largest that there can be."""
     ids = torch.randint(1, vocab_size, (num_rows, seq_length))
-    positions = torch.arange(1, max_predictions + 1).expand(num_rows, -1)
+    # Shards may have room for as many predictions as tokens, or for more.
+    positions = torch.arange(1, max_predictions + 1).clamp(max=seq_length - 1)
     return {
         "input_ids": ids,
         "input_mask": torch.ones_like(ids),
         "segment_ids": torch.zeros_like(ids),
-        "masked_lm_positions": positions,
-        "masked_lm_ids": ids[:, :max_predictions],
+        "masked_lm_positions": positions.expand(num_rows, -1),
+        "masked_lm_ids": torch.ones(num_rows, max_predictions, dtype=torch.int64),
         "next_sentence_labels": torch.zeros(num_rows, dtype=torch.int64),
     }
 
 
-def free_bytes(device: torch.device) -> float:
-    """Memory that a rank may take: the device's, or its share of this machine's."""
+def free_bytes(device: torch.device, cgroup: Path = _CGROUP) -> float:
+    """Memory that a rank may take: the device's, or its share of this machine's or container's."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         (available,) = (line for line in lines if line.startswith("MemAvailable:"))
-        return float(available.split()[1]) * 1024 / ranks
+        free = float(available.split()[1]) * 1024
     except (OSError, ValueError):
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) / ranks
+        free = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(free, _container_bytes(cgroup)) / ranks
+
+
+def _container_bytes(cgroup: Path) -> float:
+    """What a container's limit leaves; no end without one.
+
+    Source: the kernel's cgroup-v2: files that were read count as used, `inactive_file` makes room.
+    """
+    try:
+        limit = (cgroup / "memory.max").read_text(encoding="utf-8").strip()
+        used = int((cgroup / "memory.current").read_text(encoding="utf-8"))
+        lines = (cgroup / "memory.stat").read_text(encoding="utf-8").splitlines()
+        stat = dict(line.split() for line in lines)
+        return math.inf if limit == "max" else int(limit) - used + int(stat["inactive_file"])
+    except (OSError, ValueError, KeyError):
+        return math.inf
 
 
 def release(device: torch.device) -> None:

@@ -123,7 +123,7 @@ def _experiment(args: argparse.Namespace) -> config.PretrainConfig:
     experiment = config.resolve(parse_args(flags))
     zero = experiment.deepspeed.get("zero_optimization", {})
     for name in ("offload_optimizer", "offload_param"):
-        if zero.get(name, {}).get("device", "none") != "none":
+        if served.offloads_to(zero, name) != "none":
             raise ConfigError(
                 f"zero_optimization.{name}: a plan does not know the time and memory of a CPU; "
                 "remove it from a copy of the JSON, and read the plan as a bound of the speed"

@@ -30,6 +30,15 @@ from zerobert.tokenizer import (
 )
 
 WEIGHTS_NAME = "model.safetensors"
+# What `write_model_files` writes.
+MODEL_NAMES = (
+    "README.md",
+    "config.json",
+    WEIGHTS_NAME,
+    TOKENIZER_NAME,
+    "tokenizer_config.json",
+    VOCAB_NAME,
+)
 _PICKLE_NAME = "pytorch_model.bin"
 # On the hub: whole, or in parts with an index.
 _WEIGHTS_PATTERNS = (WEIGHTS_NAME, f"{WEIGHTS_NAME}.index.json", "model-*.safetensors")

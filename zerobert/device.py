@@ -14,7 +14,9 @@ import torch
 # whole word of the device's wins: an A10G is no A10, an RTX A1000 no A100.
 _PEAK_FLOPS = (
     ("B200", 2250e12),
+    ("H200 NVL", 835e12),
     ("H200", 989e12),
+    ("H100 NVL", 835e12),
     ("H100 PCIe", 756e12),
     ("H100", 989e12),
     ("L40S", 362e12),

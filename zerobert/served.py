@@ -113,11 +113,12 @@ def stage(ds_config: Mapping[str, Any], ranks: int) -> int:
     """
     zero = ds_config.get("zero_optimization", {})
     asked: int = zero.get("stage", 0)
-    is_offloaded = any(_offloads_to(zero, name) != "none" for name in _LOWEST_OFFLOAD_STAGES)
+    is_offloaded = any(offloads_to(zero, name) != "none" for name in _LOWEST_OFFLOAD_STAGES)
     return 0 if ranks == 1 and precision(ds_config) == "fp32" and not is_offloaded else asked
 
 
-def _offloads_to(zero: Mapping[str, Any], name: str) -> str:
+def offloads_to(zero: Mapping[str, Any], name: str) -> str:
+    """The device that an offload section of `zero_optimization` names."""
     return str((zero.get(name) or {}).get("device", "none"))
 
 
@@ -183,7 +184,7 @@ def check_lamb_kernel(kernel: str, ds_config: Mapping[str, Any], params: object)
     """
     zero = ds_config.get("zero_optimization", {})
     is_sharded = zero.get("stage", 0) > 0
-    is_offloaded = _offloads_to(zero, "offload_optimizer") != "none"
+    is_offloaded = offloads_to(zero, "offload_optimizer") != "none"
     if kernel == "apex" and is_sharded:
         raise ConfigError(
             "bert.kernels.lamb 'apex' takes whole parameters, which ZeRO stage 1 and above cut up; "

@@ -41,6 +41,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 NVL", 835e12),
         ("Tesla V100-SXM2-32GB", 125e12),
         ("Tesla T4", 65e12),
         ("NVIDIA A10", 125e12),

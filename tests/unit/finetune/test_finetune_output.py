@@ -187,6 +187,18 @@ def test_what_somebody_else_put_under_a_name_of_ours_is_not_written_over(
         check_output(tmp_path, tmp_path / "model")
 
 
+@pytest.mark.parametrize("name", ["README.md", "vocab.txt", "report.html", "custom.tsv"])
+def test_somebody_else_s_files_are_not_written_over(name: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    check_output(tmp_path, tmp_path / "model", ["custom.tsv"])
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match=rf"did not write \S+{name}, .*move it away or choose"):
+        check_output(tmp_path, tmp_path / "model", ["custom.tsv"])
+    (tmp_path / name).unlink()
+    finish(tmp_path, {name: "ours", "result.json": "{}"})
+    check_output(tmp_path, tmp_path / "model", ["custom.tsv"])
+
+
 def test_a_folder_is_one_run_s_at_a_time(tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
     with claimed(out):

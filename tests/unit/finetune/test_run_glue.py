@@ -371,9 +371,11 @@ def test_predictions_are_added_to_what_is_finished(
 
 
 def test_other_settings_are_refused_before_a_finished_seed_is_trained_anew(
-    pretrained: Path, root: Path, monkeypatch
+    pretrained: Path, root: Path, monkeypatch, capsys
 ) -> None:
-    flags = ("--task_name", "sst2", "--max_steps", "2", "--seeds", "1,2", "--output_dir", "out")
+    flags = ("--task_name", "sst2", "--max_steps", "2", "--output_dir", "out")
+    run(monkeypatch, *flags)  # what is in the folder before
+    flags = (*flags, "--seeds", "1,2")
     let_go_on = ended_after(monkeypatch, 3)
     with pytest.raises(SystemExit):
         run(monkeypatch, *flags)
@@ -381,6 +383,8 @@ def test_other_settings_are_refused_before_a_finished_seed_is_trained_anew(
     before = Path("out/seed_1/model.safetensors").stat().st_mtime_ns
     with pytest.raises(ConfigError, match=r"seed_2/state .*params\.lr was 2e-05, is 0\.05"):
         run(monkeypatch, *flags, "--learning_rate", "5e-2")
+    run(monkeypatch, *flags)
+    assert "seed 1 is finished in out/seed_1" in capsys.readouterr().out
     assert Path("out/seed_1/model.safetensors").stat().st_mtime_ns == before
 
 
@@ -560,7 +564,7 @@ def test_a_file_of_deepspeed_s_settings(pretrained: Path, root: Path, monkeypatc
     }
     write(Path("ds.json"), json.dumps(keys))
     flags = ("--task_name", "sst2", "--deepspeed_config", "ds.json", "--output_dir", "out")
-    result = run(monkeypatch, *flags, "--learning_rate", "1e-4")
+    result = run(monkeypatch, *flags, "--learning_rate", "1e-4", "--warmup_steps", "0")
     assert result["steps"] == 3  # 16 examples in one batch of 8 x 2, three epochs
     settings = manifest.read_manifest(Path("out")).config["run"]["settings"]
     assert settings["deepspeed"]["optimizer"] == {
@@ -569,6 +573,8 @@ def test_a_file_of_deepspeed_s_settings(pretrained: Path, root: Path, monkeypatc
     }
     assert settings["deepspeed"]["gradient_clipping"] == 1.0
     assert not settings["kernels"]["packing"]
+    warmup = settings["schedule"]["warmup_steps"], settings["schedule"]["warmup_proportion"]
+    assert warmup == (None, 0.1)
     write(Path("ds.json"), json.dumps({"scheduler": {"type": "WarmupLR"}}))
     with pytest.raises(ConfigError, match=r"ds\.json: scheduler: fine-tuning's rate rises"):
         run(monkeypatch, *flags)

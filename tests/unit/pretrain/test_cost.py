@@ -288,6 +288,8 @@ def test_what_a_plan_does_not_cover_is_refused(tmp_path: Path) -> None:
     zero = {"stage": 1, "offload_optimizer": {"device": "cpu"}}
     with pytest.raises(ConfigError, match="offload_optimizer: a plan does not know"):
         tables("--deepspeed_config", changed(tmp_path, zero_optimization=zero))
+    none = {"stage": 1, "offload_optimizer": None}
+    assert "GPU" in tables("--deepspeed_config", changed(tmp_path, zero_optimization=none))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Finding the largest micro-batch that memory allows."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -53,6 +55,26 @@ def test_what_never_fits_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_this_machine_has_memory() -> None:
     assert 1e8 < memory.free_bytes(CPU) < 1e14
+
+
+@pytest.mark.parametrize(("limit", "free"), [("4000000", 2_500_000), ("max", None)])
+def test_a_container_has_what_its_limit_leaves(
+    tmp_path: Path, limit: str, free: int | None
+) -> None:
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text("2000000\n")
+    (tmp_path / "memory.stat").write_text("anon 1500000\ninactive_file 500000\n")
+    found = memory.free_bytes(CPU, tmp_path)
+    assert found == free if free is not None else found > 1e8
+
+
+@pytest.mark.parametrize("max_predictions", [1, 8, 11])
+def test_a_full_batch_has_room_for_as_many_predictions_as_shards(max_predictions: int) -> None:
+    batch = memory.full_batch(2, 8, max_predictions, 30)
+    assert batch["masked_lm_ids"].shape == batch["masked_lm_positions"].shape
+    assert batch["masked_lm_positions"].shape == (2, max_predictions)
+    assert batch["masked_lm_positions"].min() >= 1
+    assert batch["masked_lm_positions"].max() < 8
 
 
 def test_a_gpu_is_tried_until_it_has_too_little() -> None:
