@@ -2,11 +2,11 @@
 
 import os
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+
+from tests import forked
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _TIMEOUT_S = 240
@@ -20,32 +20,36 @@ def run_ranks(worker: Path, num_ranks: int, *args: str, timeout_s: float = _TIME
     with tempfile.TemporaryDirectory() as folder:
         # Files, not pipes: a rank whose pipe is full would stop, and the others wait for it.
         logs = [Path(folder, f"{rank}.log") for rank in range(num_ranks)]
-        processes = []
-        for rank, log in enumerate(logs):
-            environment = {
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(num_ranks),
-                "LOCAL_WORLD_SIZE": str(num_ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": str(REPOSITORY),
-            }
-            command = [sys.executable, str(worker), *args]
-            with log.open("w") as stderr:
-                processes.append(subprocess.Popen(command, env=environment, stderr=stderr))
+        processes = [
+            forked.start(
+                worker,
+                args,
+                {
+                    **os.environ,
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(num_ranks),
+                    "LOCAL_WORLD_SIZE": str(num_ranks),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                    "OMP_NUM_THREADS": "1",
+                    "PYTHONPATH": str(REPOSITORY),
+                },
+                stdout=log,
+                stderr=log,
+            )
+            for rank, log in enumerate(logs)
+        ]
         deadline = time.monotonic() + timeout_s
         try:
             for process in processes:
-                process.wait(deadline - time.monotonic())
+                process.join(max(0.0, deadline - time.monotonic()))
         finally:
             for process in processes:
                 process.kill()
-                process.wait()
+                process.join()
         for rank, (process, log) in enumerate(zip(processes, logs, strict=True)):
-            code = process.returncode
+            code = process.exitcode
             assert code == 0, f"rank {rank} exits with {code}:\n{log.read_text()[-8000:]}"
 
 

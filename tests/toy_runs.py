@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from tests import forked
+from tests.ranks import run_ranks
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 RUN = REPOSITORY / "pretrain" / "run.py"
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -74,9 +77,13 @@ def command(data: Path, output: Path, *flags: str, ranks: int = 0) -> list[str]:
 
 def run(command: list[str], **extra: str) -> "subprocess.CompletedProcess[str]":
     """A command, to its end."""
-    return subprocess.run(
-        command, env=environment(**extra), capture_output=True, text=True, timeout=TIMEOUT_S
-    )
+    return forked.run(command, environment(**extra), timeout_s=TIMEOUT_S)
+
+
+def run_on(ranks: int, command: list[str]) -> None:
+    """A command that starts `RUN`, as so many ranks and without a launcher; all have to succeed."""
+    _, script, *flags = command
+    run_ranks(Path(script), ranks, *flags, timeout_s=TIMEOUT_S)
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What the tests of several files start from."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of one process."""
+    """A finished run of one process, with all that it prints as it starts."""
     output = tmp_path_factory.mktemp("unbroken")
-    done = toy.run(toy.command(data, output))
+    done = subprocess.run(
+        toy.command(data, output), env=toy.environment(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     (output / "stdout.txt").write_text(done.stdout)
     return output

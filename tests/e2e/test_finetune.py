@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from tests import forked
 from zerobert import manifest
 from zerobert.checkpoint import load_tokenizer, load_weights, open_model, save_model
 from zerobert.config import BertConfig
@@ -66,9 +67,7 @@ def environment() -> dict[str, str]:
 
 
 def call(place: Path, *flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*flags), cwd=place, env=environment(), capture_output=True, text=True, timeout=200
-    )
+    return forked.run(command(*flags), environment(), cwd=place, timeout_s=200)
 
 
 def test_paddlenlps_command_trains_a_model_that_transformers_loads(place: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from tests import forked
 from zerobert import checkpoint
 from zerobert.config import BertConfig
 from zerobert.device import usable_cores
@@ -46,14 +47,8 @@ def run(
     *command: str, code: int = 0, cwd: Path = REPOSITORY, **extra: str
 ) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1", **extra}
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=cwd,
-        env={name: value for name, value in environment.items() if value != "unset"},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
+    environment = {name: value for name, value in environment.items() if value != "unset"}
+    done = forked.run([sys.executable, *command], environment, cwd=cwd, timeout_s=TIMEOUT_S)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
