@@ -7,6 +7,7 @@ import io
 import os
 import re
 import stat
+import sys
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _THIS_MACHINE = ("file", "local")
 _TEXT_SUFFIX = ".txt"  # of the files that the `text` command writes
+# How Wikipedia names the parts of a split dump, by the first and the last page: `.xml-p1p41242`.
+_DUMP_PART = re.compile(r"\.xml-p\d+p\d+")
+_MAX_NAMES = 5  # in a line that tells what was left out
 _HASH_BLOCK_BYTES = 1 << 20
 # What storages call a hash of a file's contents, surest first, and the time of its last change.
 _CONTENT_KEYS = ("sha256", "blob_id", "md5Hash", "content_md5", "checksum", "ETag", "etag")
@@ -67,13 +71,16 @@ def compression(name: str) -> str:
 
 
 def inner_suffix(name: str) -> str:
-    """The suffix in front of a compression's, in lower case."""
+    """The suffix in front of a compression's, in lower case; of a part of a dump the whole's."""
     path = PurePosixPath(name)
-    return (path.with_suffix("") if compression(name) else path).suffix.lower()
+    suffix = (path.with_suffix("") if compression(name) else path).suffix.lower()
+    return ".xml" if _DUMP_PART.fullmatch(suffix) else suffix
 
 
 def find_sources(inputs: Sequence[str], suffixes: Container[str]) -> list[Source]:
     """Every file to read, once: those named, and in named folders those that end right.
+
+    Which files of folders are passed over is told on stderr.
 
     Args:
         inputs: files and folders, here or as URLs. What exists here under such a name is never a
@@ -86,19 +93,24 @@ def find_sources(inputs: Sequence[str], suffixes: Container[str]) -> list[Source
         MissingDependencyError: the package that reads a kind of URL is not installed.
     """
     found: dict[tuple[object, str], Source] = {}
+    skipped: list[str] = []
     for text in inputs:
         url = _URL.match(text)
         if not text:
             raise ConfigError("--input: wanted files, folders or URLs, got an empty name")
         if url is None or os.path.lexists(text):
-            sources = _local_sources(Path(text), suffixes)
+            sources = _local_sources(Path(text), suffixes, skipped)
         elif url[1].lower() in _THIS_MACHINE:
-            sources = _local_sources(Path(text[url.end() :]), suffixes)
+            sources = _local_sources(Path(text[url.end() :]), suffixes, skipped)
         else:
-            sources = _remote_sources(text, url[1].lower(), suffixes)
+            sources = _remote_sources(text, url[1].lower(), suffixes, skipped)
         for source in sources:
             place = source.path if source.filesystem else os.path.realpath(source.path)
             found.setdefault((source.filesystem, place), source)
+    if skipped and found:
+        shown = ", ".join(map(printable, skipped[:_MAX_NAMES]))
+        more = f" and {len(skipped) - _MAX_NAMES} more" if len(skipped) > _MAX_NAMES else ""
+        print(f"note: passed over for their suffix: {shown}{more}", file=sys.stderr)
     return list(found.values())
 
 
@@ -107,15 +119,20 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _local_sources(path: Path, suffixes: Container[str]) -> Iterator[Source]:
-    if not path.exists() and not path.is_symlink():
-        raise DataError(f"{printable(str(path))}: no such file or folder")
-    for file in walk(path, suffixes) if path.is_dir() else [path]:
+def _local_sources(path: Path, suffixes: Container[str], skipped: list[str]) -> Iterator[Source]:
+    with reading(printable(str(path))):
+        is_folder = path.is_dir()
+    for file in walk(path, suffixes, skipped) if is_folder else [path]:
         yield local_source(file)
 
 
-def walk(folder: Path, suffixes: Container[str]) -> Iterator[Path]:
+def walk(
+    folder: Path, suffixes: Container[str], skipped: list[str] | None = None
+) -> Iterator[Path]:
     """The files below a folder that end right, in order; hidden ones are left out.
+
+    Args:
+        skipped: learns of those that end otherwise.
 
     Raises:
         DataError: a folder can't be read.
@@ -128,8 +145,12 @@ def walk(folder: Path, suffixes: Container[str]) -> Iterator[Path]:
         entered.add(real)
         names[:] = sorted(name for name in names if not name.startswith("."))
         for name in sorted(files):
-            if not name.startswith(".") and _ends_right(name, suffixes):
+            if name.startswith("."):
+                continue
+            if _ends_right(name, suffixes):
                 yield Path(parent, name)
+            elif skipped is not None:
+                skipped.append(str(Path(parent, name)))
 
 
 def _ends_right(name: str, suffixes: Container[str]) -> bool:
@@ -178,7 +199,9 @@ def local_source(path: Path) -> Source:
     return Source(name=name, path=str(path), num_bytes=status.st_size, stamp=stamp)
 
 
-def _remote_sources(url: str, protocol: str, suffixes: Container[str]) -> Iterator[Source]:
+def _remote_sources(
+    url: str, protocol: str, suffixes: Container[str], skipped: list[str]
+) -> Iterator[Source]:
     kind = _filesystem_class(url, protocol)
     with reading(url):
         filesystem = kind(**kind._get_kwargs_from_urls(url))
@@ -188,15 +211,19 @@ def _remote_sources(url: str, protocol: str, suffixes: Container[str]) -> Iterat
         if info.get("type") == "directory":
             infos = filesystem.find(root, detail=True)
     for path, found in sorted(infos.items()):
-        hidden = any(part.startswith(".") for part in PurePosixPath(path[len(root) :]).parts)
-        if path == root or not (hidden or not _ends_right(path, suffixes)):
+        name = str(filesystem.unstrip_protocol(path))
+        if any(part.startswith(".") for part in PurePosixPath(path[len(root) :]).parts):
+            continue
+        if path == root or _ends_right(path, suffixes):
             yield Source(
-                name=str(filesystem.unstrip_protocol(path)),
+                name=name,
                 path=path,
                 num_bytes=found.get("size") or 0,
                 stamp=_remote_stamp(filesystem, path, found),
                 filesystem=filesystem,
             )
+        else:
+            skipped.append(name)
 
 
 def _filesystem_class(url: str, protocol: str) -> Any:

@@ -36,11 +36,14 @@ def content(source: Source) -> bytes:
         return file.read()
 
 
-def test_folders_are_searched_for_what_ends_right(tmp_path: Path) -> None:
+def test_folders_are_searched_for_what_ends_right(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("b/wiki_01", "b/wiki_00", "a.txt.gz", "p.png", ".hidden", ".git/x.txt", "c.MD"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     found = names(str(tmp_path), str(tmp_path / "p.png"), str(tmp_path / "c.MD"))
+    assert capsys.readouterr().err == f"note: passed over for their suffix: {tmp_path}/p.png\n"
     assert [str(Path(name).relative_to(tmp_path)) for name in found] == [
         *("a.txt.gz", "c.MD", "b/wiki_00", "b/wiki_01", "p.png"),
     ]
@@ -48,8 +51,37 @@ def test_folders_are_searched_for_what_ends_right(tmp_path: Path) -> None:
     assert names(str(tmp_path / "empty")) == []
     with pytest.raises(DataError, match="none: no such file or folder"):
         names(str(tmp_path / "none"))
+    with pytest.raises(DataError, match="xxx can't be read: File name too long"):
+        names("x" * 300)
     with pytest.raises(ConfigError, match="got an empty name"):
         names("")
+
+
+def test_what_is_passed_over_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(7):
+        (tmp_path / f"{number}.png").write_text("x")
+    assert names(str(tmp_path)) == []
+    assert capsys.readouterr().err == ""  # an error tells it
+    (tmp_path / "a.txt").write_text("x")
+    assert names(str(tmp_path)) == [f"{tmp_path}/a.txt"]
+    shown = ", ".join(f"{tmp_path}/{number}.png" for number in range(5))
+    line = f"note: passed over for their suffix: {shown} and 2 more\n"
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        ("enwiki-20240101-pages-articles1.xml-p1p41242.bz2", ".xml"),
+        ("enwiki-20240101-pages-articles1.XML-p1p41242", ".xml"),
+        ("a.xml-p1", ".xml-p1"),
+        ("a.xml-p1p2.bak", ".bak"),
+    ],
+)
+def test_parts_of_a_split_dump_are_xml(name: str, suffix: str) -> None:
+    assert Source(name=name, path=f"d/{name}", num_bytes=0, stamp="").suffix == suffix
 
 
 def test_a_file_that_is_named_twice_is_read_once(
@@ -118,6 +150,8 @@ def test_what_may_not_be_read_is_named() -> None:
         with nobody():
             with pytest.raises(DataError, match="closed can't be read: Permission denied"):
                 names(name)
+            with pytest.raises(DataError, match=r"b\.txt can't be read: Permission denied"):
+                names(str(folder / "closed" / "b.txt"))
             with pytest.raises(DataError, match=r"a\.txt can't be read: Permission denied"):
                 identify(local_source(folder / "a.txt"))
         (folder / "closed").chmod(0o755)
@@ -148,10 +182,13 @@ def memory() -> Iterator[fsspec.AbstractFileSystem]:
     filesystem.store.clear()
 
 
-def test_urls_are_read_as_files_and_as_folders(memory: fsspec.AbstractFileSystem) -> None:
+def test_urls_are_read_as_files_and_as_folders(
+    memory: fsspec.AbstractFileSystem, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("/c/b.txt", "/c/d/a.txt", "/c/.git/x.txt", "/c/p.png", "/c/a::b.txt"):
         memory.pipe(name, name.encode())
     folder = find_sources(["memory://c"], SUFFIXES)
+    assert capsys.readouterr().err == "note: passed over for their suffix: memory:///c/p.png\n"
     assert [source.name for source in folder] == [
         *("memory:///c/a::b.txt", "memory:///c/b.txt", "memory:///c/d/a.txt"),
     ]
