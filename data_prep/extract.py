@@ -59,6 +59,7 @@ def extract_text(
         ConfigError: the output folder holds something else, or lies in an input.
         MissingDependencyError: an input needs a package that is not installed.
     """
+    output_dir = output_dir.resolve()  # the text is filled in beside it, not beside a link
     sources = corpus.find_inputs(inputs, config)
     _refuse_inside(inputs, output_dir)
     hashes = _identify(sources)
@@ -90,10 +91,9 @@ def extract_text(
 
 def _refuse_inside(inputs: Sequence[str], output_dir: Path) -> None:
     """Refuse an output whose text the same command would take for input the next time."""
-    output = output_dir.resolve()
     for name in inputs:
         folder = Path(name).resolve()
-        if folder.is_dir() and folder in (output, *output.parents):
+        if folder in (output_dir, *output_dir.parents) and folder.is_dir():
             raise ConfigError(
                 f"--output_dir {output_dir} lies inside --input {name}, where the next run would "
                 "take it for input; choose a folder outside"

@@ -203,13 +203,16 @@ def resumable_folder(final: Path, identity: Mapping[str, Any]) -> Iterator[Path]
 
 
 def _remove_if_empty(final: Path) -> None:
-    try:
-        final.rmdir()
-    except OSError as error:
-        raise DataError(
-            f"{final} was filled by somebody else in the meantime, and is left as it is; move it "
-            "away and run the same command again, which has little left to do"
-        ) from error
+    with writing(final):
+        try:
+            final.rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise DataError(
+                f"{final} was filled by somebody else in the meantime, and is left as it is; move "
+                "it away and run the same command again, which has little left to do"
+            ) from error
 
 
 def _identity(staging: Path) -> Any:

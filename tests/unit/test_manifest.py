@@ -1,6 +1,7 @@
 """A folder is complete or absent, and its manifest notices every change."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -306,3 +307,18 @@ def test_what_somebody_else_put_there_meanwhile_is_left_alone(tmp_path: Path) ->
     with manifest.resumable_folder(final, {"seed": 1}) as staging:
         assert (staging / "first").read_text() == "1"
     assert names(final) == ["first"]
+
+
+def test_a_folder_that_can_not_be_replaced_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final = tmp_path / "out"
+    final.mkdir()
+
+    def busy(path: Path) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+    monkeypatch.setattr(Path, "rmdir", busy)
+    with pytest.raises(DataError, match=r"cannot write .*out: Device or resource busy; "):
+        with manifest.resumable_folder(final, {"seed": 1}):
+            pass

@@ -115,6 +115,22 @@ def test_an_output_inside_the_input_is_refused(tmp_path: Path, output: str) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
+def test_a_link_to_an_empty_folder_is_filled_where_it_leads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_records(tmp_path / "a.jsonl", ["One. Two!"])
+    (tmp_path / "disk" / "here").mkdir(parents=True)
+    (tmp_path / "out").symlink_to("disk/here")
+    run(source, tmp_path / "out")
+    assert "part_00000.txt" in files(tmp_path / "disk" / "here")
+    assert (tmp_path / "out").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "disk", "out"]
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    run(source, Path())
+    assert "part_00000.txt" in files(tmp_path / "empty")
+
+
 def test_a_users_folder_is_never_replaced(tmp_path: Path) -> None:
     source = write_records(tmp_path / "a.jsonl", ["One. Two!"])
     with pytest.raises(ConfigError, match="holds files that this command did not write"):

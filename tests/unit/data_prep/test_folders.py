@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from data_prep.folders import is_done
-from zerobert.errors import ConfigError
+from zerobert.errors import ConfigError, DataError
 from zerobert.manifest import write_manifest
 
 CONFIG = {"seed": 1, "names": ("a", "b")}
@@ -51,3 +51,18 @@ def test_what_differs_is_not_replaced(done: Path) -> None:
 def test_a_file_in_the_way(done: Path) -> None:
     with pytest.raises(ConfigError, match=r"part\.txt is a file; choose another"):
         ask(done / "part.txt")
+
+
+def test_a_mount_point_is_refused_unless_it_is_done(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: True)
+    assert ask(done)
+    with pytest.raises(ConfigError, match="empty is a mount point; name a folder inside it"):
+        ask(tmp_path / "empty")
+
+
+def test_a_name_that_no_disk_takes(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot write .*: File name too long; choose another"):
+        ask(tmp_path / ("x" * 300))
