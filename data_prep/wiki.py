@@ -124,6 +124,7 @@ class _DumpTarget:
         self._num_characters = 0
         self._namespace_key = ""
         self._is_redirect = False
+        self._is_too_large = False
         self._depth = 0
 
     def take_pages(self) -> list[Page]:
@@ -142,7 +143,7 @@ class _DumpTarget:
             )
         self._depth += 1
         if name == "page":
-            self._fields, self._is_redirect = {}, False
+            self._fields, self._is_redirect, self._is_too_large = {}, False, False
         elif name == "redirect":
             self._is_redirect = True
         elif name in self._FIELDS:
@@ -161,8 +162,8 @@ class _DumpTarget:
         if name in self._FIELDS and self._pieces is not None:
             self._fields[name] = "".join(self._pieces)
             self._pieces = None
-            if name == "text" and self._num_characters > _MAX_PAGE_CHARACTERS:
-                self._fields["too large"] = name
+            if name == "text":  # the last one counts, where a page has several revisions
+                self._is_too_large = self._num_characters > _MAX_PAGE_CHARACTERS
         if name == "namespace" and self._namespace_key in _SILENT_NAMESPACES:
             self._namespaces.append(self._fields["namespace"].casefold())
         if name == "page":
@@ -176,7 +177,7 @@ class _DumpTarget:
             self._counts["redirects"] += 1
         elif not text:
             self._counts["empty documents"] += 1
-        elif "too large" in self._fields:
+        elif self._is_too_large:
             self._counts["pages over 2 MiB"] += 1
         else:
             self._pages.append(Page(text=text, namespaces=tuple(self._namespaces)))

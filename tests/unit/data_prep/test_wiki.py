@@ -42,6 +42,15 @@ def test_a_page_of_more_than_two_mebibytes_is_counted() -> None:
     assert counts == {"pages over 2 MiB": 1}
 
 
+def test_the_last_revision_of_a_page_counts() -> None:
+    large, small = f"<revision><text>{'a ' * (1 << 20)}a</text></revision>", page("B.")
+    first = small.replace("<revision>", f"{large}<revision>")
+    last = small.replace("</revision>", f"</revision>{large}")
+    pages, counts = read(f"<mediawiki>{first}{last}</mediawiki>")
+    assert [found.text for found in pages] == ["B."]
+    assert counts == {"pages over 2 MiB": 1}
+
+
 @pytest.mark.parametrize(
     ("xml", "message"),
     [
