@@ -22,6 +22,13 @@ _ARTICLES = "0"
 # Namespaces whose links show a picture or file the page away: media, files, categories.
 _SILENT_NAMESPACES = frozenset({"-2", "6", "14"})
 _SILENT_NAMES = ("media", "file", "image", "category")
+# A dump lists one name of each namespace, and pages use others too: `Imagen:`, `Bild:`, `画像:`.
+# What they lead to ends as files do.
+_MEDIA_TITLE = re.compile(
+    r"[^:]+:.+\.(?:jpe?g|png|gif|svg|tiff?|webp|xcf|bmp|pdf|djvu|og[agv]|opus|flac|wav|mp[34]|midi?"
+    r"|webm|mpe?g|stl)\s*",
+    re.IGNORECASE | re.DOTALL,
+)
 # Source: MediaWiki's $wgMaxArticleSize, 2 MiB of markup.
 _MAX_PAGE_CHARACTERS = 2 << 20
 # An unclosed tag makes the parser read on to the end of the section and come back. Openings times
@@ -244,7 +251,7 @@ def _visible(tree: Iterable[nodes.Node], silent: frozenset[str]) -> Iterator[str
         elif isinstance(node, nodes.HTMLEntity):
             yield node.normalize()
         elif isinstance(node, nodes.Wikilink):
-            if not _is_silent_link(str(node.title), silent):
+            if not _is_silent_link(node, silent):
                 label = node.title if node.text is None else node.text
                 yield "".join(_visible(label.nodes, silent)).lstrip(":")
         elif isinstance(node, nodes.ExternalLink):
@@ -256,11 +263,20 @@ def _visible(tree: Iterable[nodes.Node], silent: frozenset[str]) -> Iterator[str
             yield from _visible_tag(node, silent)
 
 
-def _is_silent_link(title: str, silent: frozenset[str]) -> bool:
+def _is_silent_link(link: nodes.Wikilink, silent: frozenset[str]) -> bool:
+    title = str(link.title)
     prefix, colon, _ = title.partition(":")
     if not colon or not prefix:
         return False
-    return prefix.strip().casefold() in silent or bool(_INTERLANGUAGE.match(title))
+    if prefix.strip().casefold() in silent or _INTERLANGUAGE.match(title):
+        return True
+    return bool(_MEDIA_TITLE.fullmatch(title)) or _has_parameters(link)
+
+
+def _has_parameters(link: nodes.Wikilink) -> bool:
+    """Whether more than one pipe stands in the link, as only in those of media."""
+    label = () if link.text is None else link.text.nodes
+    return any(isinstance(node, nodes.Text) and "|" in node.value for node in label)
 
 
 def _visible_arguments(template: nodes.Template, silent: frozenset[str]) -> Iterator[str]:

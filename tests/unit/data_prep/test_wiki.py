@@ -120,6 +120,33 @@ def test_what_a_heading_is(line: str, wanted: list[str]) -> None:
     assert prose(f"Before.\n{line}\nAfter.") == wanted
 
 
+@pytest.mark.parametrize(
+    "link",
+    [
+        "[[Imagen:Foto.jpg|thumb|200px|Vista de [[Madrid]].]]",
+        "[[画像:Tea cup.PNG|thumb]]",
+        "[[Bild:a.svg]]",
+        "[[Изображение:Чай|мини|Чай.]]",
+    ],
+)
+def test_files_are_silent_under_any_name_of_their_namespace(link: str) -> None:
+    assert prose(f"Before. {link}\nAfter.") == ["Before.", "After."]
+
+
+@pytest.mark.parametrize(
+    ("link", "wanted"),
+    [
+        ("[[:Imagen:Foto.jpg|a photo]]", "a photo"),
+        ("[[Help:Files|the help]]", "the help"),
+        ("[[Tea|a {{lang|zh|茶}} [[Cup|cup]]]]", "a 茶 cup"),
+        ("[[Node.js|the server]]", "the server"),
+        ("[[Tea|hot|drink]]", "hot|drink"),  # a slip of its author
+    ],
+)
+def test_other_links_show_their_label(link: str, wanted: str) -> None:
+    assert prose(f"See {link}.") == [f"See {wanted}."]
+
+
 def test_an_unclosed_tag_costs_its_section_at_most() -> None:
     counts: wiki.Counts = collections.Counter()
     markup = "Before.\n== A ==\n<div>Inside {{broken\n{| \n|row\n== B ==\nAfter.\n<!-- open"
