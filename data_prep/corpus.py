@@ -33,11 +33,16 @@ _REFUSED_SUFFIXES = {
     ".tar": "unpack it with `tar -x` first",
     ".7z": "unpack it first",
     ".arrow": "name the folder that holds it, with --format hf",
+    ".html": "extract its text into a .txt first, or pass --format text to keep the tags",
+    ".htm": "extract its text into a .txt first, or pass --format text to keep the tags",
+    ".csv": "make a .jsonl or .parquet of it first, or pass --format text to keep the commas",
+    ".tsv": "make a .jsonl or .parquet of it first, or pass --format text to keep the tabs",
 }
 _SNIFFED_BYTES = 4096
 _BLOCK_BYTES = 1 << 20
 # No book, page or record comes near; what does is many of them in one, or no text.
 _MAX_DOCUMENT_BYTES = 256 << 20
+_JSON_OPENING = re.compile(rb'\{\s*["}]')
 _DOC_OPENING = re.compile(r"<doc\b[^>]*>")
 
 
@@ -75,9 +80,15 @@ def detect_format(source: Source, head: bytes) -> Format:
         return "wiki-dump"
     if head.startswith(b"<doc "):
         return "wikiextractor"
-    if head.startswith(b"{"):
+    if _JSON_OPENING.match(head):
         extracted = b"?curid=" in head.split(b"\n", 1)[0]  # in the address of every page
         return "wikiextractor" if extracted else "jsonl"
+    if source.suffix == ".json":
+        raise DataError(
+            f"{source.name}: wanted an object a line, got a file that begins with "
+            f"{head[:1].decode(errors='replace')!r}; put each document into a line of its own, "
+            '{"text": "..."}, in a .jsonl'
+        )
     return _FORMAT_OF_SUFFIX.get(source.suffix, "text")
 
 
@@ -157,11 +168,19 @@ def _read_records(file: io.BufferedReader, where: str, text_field: str) -> Itera
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            raise DataError(f"{where}, line {number}: not JSON: {reason}") from error
-        if not isinstance(record, dict) or not isinstance(record.get(text_field, 0), str | None):
-            keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
             raise DataError(
-                f"{where}, line {number}: wanted text in the field {text_field!r}, got {keys}; "
+                f"{where}, line {number}: not JSON: {reason}; wanted an object a line; plain text "
+                "is read with --format text"
+            ) from error
+        if not isinstance(record, dict) or not isinstance(record.get(text_field, 0), str | None):
+            if not isinstance(record, dict):
+                got = type(record).__name__
+            elif text_field in record:
+                got = f"{type(record[text_field]).__name__} there"
+            else:
+                got = ", ".join(record)
+            raise DataError(
+                f"{where}, line {number}: wanted text in the field {text_field!r}, got {got}; "
                 "name the field with --text_field"
             )
         yield record

@@ -48,6 +48,10 @@ def prose(document: Document) -> list[str]:
         ("wiki_00", '{"id": "1", "url": "http://w?curid=1", "text": "x"}\n', "wikiextractor"),
         ("a.jsonl.zst", '{"text": "x"}\n', "jsonl"),
         ("a.txt", '{"text": "x"}\n', "jsonl"),
+        ("a.json", '{\t"text": "x"}\n', "jsonl"),
+        ("a.txt", "{Enter the king.}\n", "text"),
+        ("a.md", "{{ title }}\n", "text"),
+        ("a.jsonl", "{oops}\n", "jsonl"),
         ("book.md", "# A", "text"),
         ("book", "Once upon a time", "text"),
         ("table", "PAR1", "parquet"),
@@ -59,10 +63,32 @@ def test_a_format_is_known_by_name_and_first_bytes(name: str, content: str, want
     assert corpus.detect_format(source, content.encode()) == wanted
 
 
-@pytest.mark.parametrize("name", ["a.arrow", "a.zip", "a.tar.gz", "a.TAR.zst", "a.7z"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a.arrow", "a.zip", "a.tar.gz", "a.TAR.zst", "a.7z"),
+        *("a.html", "a.HTM.gz", "a.csv", "a.tsv.bz2"),
+    ],
+)
 def test_what_is_not_served_is_refused_by_name(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="is not read; "):
         corpus.detect_format(Source(name=name, path=name, num_bytes=0, stamp=""), b"x")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"text": "x"}]', r"an object a line, got a file that begins with '\['; .* in a \.jsonl"),
+        ("", "got a file that begins with ''"),
+        ("One.", "got a file that begins with 'O'"),
+    ],
+)
+def test_json_that_is_not_lines_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        read(path)
+    assert read(path, "text") == [Document(text=content, form="plain")]
 
 
 def test_no_file_to_read_is_an_error(tmp_path: Path) -> None:
@@ -121,10 +147,14 @@ def test_json_lines_are_one_document_each(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{oops", "a.jsonl, line 2: not JSON: "),
+        ("{oops", "a.jsonl, line 2: not JSON: .*; plain text is read with --format text"),
         (
             '{"body": 3}',
             "a.jsonl, line 2: wanted text in the field 'text', got body; name the field",
+        ),
+        (
+            '{"text": {"a": "b"}}',
+            "a.jsonl, line 2: wanted text in the field 'text', got dict there;",
         ),
         ("[1]", "a.jsonl, line 2: wanted text in the field 'text', got list"),
         ("[" * 100_000, "a.jsonl, line 2: not JSON: maximum recursion depth"),
