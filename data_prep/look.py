@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.parallel import progress
+from data_prep.sources import is_folder, local_source
 from zerobert.errors import ConfigError, DataError, ManifestError
 from zerobert.manifest import (
     MANIFEST_NAME,
     find_problems,
-    is_complete,
     leftovers,
     read_manifest,
     try_lock,
@@ -123,7 +123,7 @@ def _checked(shard: ShardInfo, tokenizer: WordPieceTokenizer) -> dict[str, Array
 
 
 def _shards(path: Path) -> list[ShardInfo]:
-    if not path.is_dir():
+    if not is_folder(path):
         return [describe_shard(path)]
     shards = [*find_shards([path], "training"), *find_shards([path], "test")]
     if not shards:
@@ -132,7 +132,7 @@ def _shards(path: Path) -> list[ShardInfo]:
 
 
 def _vocabulary(path: Path, vocab_file: Path | None) -> WordPieceTokenizer:
-    found = vocab_file or (shard_vocabulary([path]) if path.is_dir() else _beside(path))
+    found = vocab_file or (shard_vocabulary([path]) if is_folder(path) else _beside(path))
     if found is None:
         raise ConfigError(
             f"{path} has no {VOCAB_NAME} beside its shards; name it with --vocab_file"
@@ -188,51 +188,69 @@ def verify(path: Path) -> tuple[int, list[str]]:
     Raises:
         DataError: there is nothing to check.
     """
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
-    checked: set[Path] = set()
+    checked: set[str] = set()
     problems: list[str] = []
-    for folder in _visible_folders(path):
-        problems += map(_unfinished, leftovers(folder))
-        if is_complete(folder):
-            try:
-                checked.update(folder / name for name in read_manifest(folder).files)
-                problems += find_problems(folder)
-            except ManifestError as error:
-                checked.add(folder / MANIFEST_NAME)
-                problems.append(str(error))
-    for shard in _shard_files(path):
-        if shard not in checked:
-            checked.add(shard)
+    if is_folder(path):
+        shards = _verify_folders(path, checked, problems)
+    else:
+        local_source(path)
+        shards = [path]
+    for shard in shards:
+        if (real := os.path.realpath(shard)) not in checked:
+            checked.add(real)
             problems += _shard_problems(shard)
     if not checked and not problems:
         raise DataError(f"{path}: neither a {MANIFEST_NAME} nor an HDF5 file to check")
     return len(checked), problems
 
 
+def _verify_folders(path: Path, checked: set[str], problems: list[str]) -> list[Path]:
+    """Hold the folders from one down against their manifests.
+
+    Returns:
+        The shards in them, those of manifests among them.
+    """
+    shards: list[Path] = []
+    for folder, names in _visible_folders(path, problems):
+        problems += map(_unfinished, leftovers(folder))
+        if MANIFEST_NAME in names:
+            try:
+                checked.update(
+                    os.path.realpath(folder / name) for name in read_manifest(folder).files
+                )
+                problems += find_problems(folder)
+            except ManifestError as error:
+                checked.add(os.path.realpath(folder / MANIFEST_NAME))
+                problems.append(str(error))
+        shards += (folder / name for name in names if name.endswith(SUFFIXES))
+    return shards
+
+
 def _unfinished(folder: Path) -> str:
-    descriptor = try_lock(folder)
+    try:
+        descriptor = try_lock(folder)
+    except OSError as error:
+        return f"{folder} can't be read: {error.strerror}"
     if descriptor is None:
         return f"{folder}: another process is filling it; wait for its end"
     os.close(descriptor)
     return f"{folder}: never completed; run its command again, or remove it"
 
 
-def _visible_folders(path: Path) -> Iterator[Path]:
-    for parent, names, _ in os.walk(path):
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        yield Path(parent)
+def _visible_folders(path: Path, problems: list[str]) -> Iterator[tuple[Path, list[str]]]:
+    """The folders from one down, each once, with the names of their files; hidden ones left out."""
 
+    def tell(error: OSError) -> None:
+        problems.append(f"{error.filename} can't be read: {error.strerror}")
 
-def _shard_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    return [
-        file
-        for folder in _visible_folders(path)
-        for file in sorted(folder.iterdir())
-        if file.suffix in SUFFIXES and not file.name.startswith(".")
-    ]
+    entered: set[str] = set()
+    for parent, folders, files in os.walk(path, onerror=tell, followlinks=True):
+        if (real := os.path.realpath(parent)) in entered:  # a link back up, or twice the same
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(parent), sorted(name for name in files if not name.startswith("."))
 
 
 def _shard_problems(path: Path) -> list[str]:

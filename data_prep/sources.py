@@ -120,10 +120,18 @@ def printable(name: str) -> str:
 
 
 def _local_sources(path: Path, suffixes: Container[str], skipped: list[str]) -> Iterator[Source]:
-    with reading(printable(str(path))):
-        is_folder = path.is_dir()
-    for file in walk(path, suffixes, skipped) if is_folder else [path]:
+    for file in walk(path, suffixes, skipped) if is_folder(path) else [path]:
         yield local_source(file)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder of this machine lies there.
+
+    Raises:
+        DataError: it can't be looked at.
+    """
+    with reading(printable(str(path))):
+        return path.is_dir()
 
 
 def walk(

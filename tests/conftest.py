@@ -1,5 +1,6 @@
 """Settings that every test shares."""
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -29,6 +30,18 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         pytest.skip(f"needs a Chromium on PATH, one of {', '.join(NAMES)}")
     with open_browser(chromium, tmp_path_factory.mktemp("chromium")) as opened:
         yield opened
+
+
+@contextlib.contextmanager
+def nobody() -> Iterator[None]:
+    """The rights of a user who has none, where the tests run as root."""
+    was = os.geteuid()
+    if was == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(was)
 
 
 @pytest.fixture(autouse=True)

@@ -396,23 +396,30 @@ def is_complete(folder: Path) -> bool:
 
 
 def find_problems(folder: Path) -> list[str]:
-    """Hold every file against the manifest; one line a file that is missing or differs.
+    """Hold every file against the manifest; one line for each that differs, is missing or shut.
 
     Raises:
         ManifestError: there is no readable manifest.
     """
     problems = []
     for name, record in read_manifest(folder).files.items():
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{path}: missing")
-        elif path.stat().st_size != record.num_bytes:
-            problems.append(
-                f"{path}: {path.stat().st_size} bytes, the manifest says {record.num_bytes}"
-            )
-        elif sha256_file(path) != record.sha256:
-            problems.append(f"{path}: its contents differ from the manifest's sha256")
+        if problem := _problem(folder / name, record):
+            problems.append(f"{folder / name}: {problem}")
     return problems
+
+
+def _problem(path: Path, record: FileRecord) -> str:
+    """What is wrong with a file; nothing if it is as its record says."""
+    try:
+        if not path.is_file():
+            return "missing"
+        if (num_bytes := path.stat().st_size) != record.num_bytes:
+            return f"{num_bytes} bytes, the manifest says {record.num_bytes}"
+        if sha256_file(path) != record.sha256:
+            return "its contents differ from the manifest's sha256"
+    except OSError as error:
+        return f"can't be read: {error.strerror}"
+    return ""
 
 
 def verify_folder(folder: Path) -> Manifest:

@@ -171,9 +171,11 @@ def _gzip_chunk(dataset: Any) -> tuple[int, ...] | None:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such shard; `python -m data_prep shards --help` makes them")
     try:
+        if not path.is_file():
+            raise DataError(
+                f"{path}: no such shard; `python -m data_prep shards --help` makes them"
+            )
         # The low-level interface opens a file and its datasets in half of the time.
         yield h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDONLY)
     except PermissionError as error:
@@ -214,7 +216,7 @@ def _checked_dataset(file: Any, name: str, path: Path) -> Any:
     if not isinstance(dataset, h5py.h5d.DatasetID):
         raise ShardFormatError(
             f"{path}: the dataset {name} is missing; wanted {', '.join(DTYPES)}, got "
-            f"{', '.join(sorted(file)) or 'none'}"
+            f"{', '.join(sorted(map(str, file))) or 'none'}"
         )
     if dataset.dtype != DTYPES[name]:
         raise ShardFormatError(
@@ -420,12 +422,15 @@ def shard_vocabulary(folders: Sequence[Path]) -> Path | None:
 
     Raises:
         ConfigError: there are several that differ.
+        DataError: one can't be read.
     """
-    found = {
-        sha256_file(parent / VOCAB_NAME): parent / VOCAB_NAME
-        for parent in _shard_folders(folders)
-        if (parent / VOCAB_NAME).is_file()
-    }
+    found: dict[str, Path] = {}
+    for path in (parent / VOCAB_NAME for parent in _shard_folders(folders)):
+        try:
+            if path.is_file():
+                found[sha256_file(path)] = path
+        except OSError as error:
+            raise DataError(f"the vocabulary {path} can't be read: {error.strerror}") from error
     if len(found) > 1:
         raise ConfigError(
             f"the shards were made with different vocabularies, "

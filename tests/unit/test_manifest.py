@@ -189,6 +189,18 @@ def test_every_problem_is_listed(tmp_path: Path) -> None:
     assert len(manifest.find_problems(tmp_path / "made")) == 2
 
 
+def test_a_file_that_can_not_be_read_is_one_problem(tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    make_folder(folder)
+    (folder / "a.txt").unlink()
+    (folder / "a.txt").symlink_to("x" * 300)  # which root can't read either
+    (folder / "deep" / "b.bin").unlink()
+    assert manifest.find_problems(folder) == [
+        f"{folder}/a.txt: can't be read: File name too long",
+        f"{folder}/deep/b.bin: missing",
+    ]
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match=r"there is no folder .*nowhere"):
         manifest.read_manifest(tmp_path / "nowhere")

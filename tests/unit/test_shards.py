@@ -187,10 +187,21 @@ def test_each_breach_of_the_schema_has_its_own_error(tmp_path: Path) -> None:
     )
 
 
+def test_names_that_are_no_text_are_shown(tmp_path: Path) -> None:
+    path = tmp_path / "a_training_0.hdf5"
+    with h5py.File(path, "w") as file:
+        for name in (b"ids", b"input_\xff"):
+            file.create_dataset(name, data=[1])
+    with pytest.raises(ShardFormatError, match=r"input_ids is missing; wanted .*, got .*\bids"):
+        describe_shard(path)
+
+
 def test_what_is_not_hdf5_or_not_there(tmp_path: Path) -> None:
     path = tmp_path / "a_training_0.hdf5"
     with pytest.raises(DataError, match="no such shard"):
         read_shard(path)
+    with pytest.raises(DataError, match="File name too long"):
+        read_shard(tmp_path / ("x" * 300))
     path.write_text("hello")
     with pytest.raises(ShardFormatError, match="is not HDF5 or is damaged"):
         read_shard(path)
@@ -311,6 +322,9 @@ def test_the_vocabulary_beside_the_shards(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="different vocabularies"):
         shard_vocabulary([tmp_path])
     assert shard_vocabulary([tmp_path / "b"]) == tmp_path / "b" / "vocab.txt"
+    (tmp_path / "c" / "vocab.txt").symlink_to("x" * 300)
+    with pytest.raises(DataError, match=r"c/vocab\.txt can't be read: File name too long"):
+        shard_vocabulary([tmp_path / "c"])
 
 
 def test_the_case_of_the_shards(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 
 from data_prep.look import inspect_shards, verify
+from tests.conftest import nobody
 from zerobert.errors import ConfigError, DataError, ShardFormatError
 from zerobert.manifest import write_manifest
 from zerobert.shards import write_shard
@@ -120,6 +122,39 @@ def test_nothing_to_check_is_an_error(tmp_path: Path) -> None:
         verify(tmp_path)
     with pytest.raises(DataError, match="none: no such file or folder"):
         verify(tmp_path / "none")
+    for look in (verify, lambda path: list(inspect_shards(path, None, num_rows=1))):
+        with pytest.raises(DataError, match="xxx can't be read: File name too long"):
+            look(tmp_path / ("x" * 300))
+
+
+def test_links_are_followed_once(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    place = tmp_path_factory.mktemp("place")
+    (place / "a").symlink_to(folder)
+    (place / "b").symlink_to(folder)
+    (folder / "up").symlink_to(place)
+    assert verify(place) == (2, [])
+    write_manifest(folder, kind="shards", config={}, inputs={})
+    assert verify(place) == (3, [])
+    (folder / "x_test_0.hdf5").write_text("no")
+    num_files, problems = verify(place)
+    assert num_files == 3
+    assert [line.partition(": ")[0] for line in problems] == [f"{place}/a/x_test_0.hdf5"]
+
+
+def test_folders_that_may_not_be_entered_are_problems() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        place.chmod(0o755)
+        (place / "closed").mkdir(mode=0)
+        (place / ".incomplete-x").mkdir(mode=0)
+        write_shard(place / "x_test_0.hdf5", one_row())
+        with nobody():
+            num_files, problems = verify(place)
+    assert num_files == 1
+    assert problems == [
+        f"{place}/.incomplete-x can't be read: Permission denied",
+        f"{place}/closed can't be read: Permission denied",
+    ]
 
 
 def test_verify_tells_of_what_was_never_completed(tmp_path: Path) -> None:

@@ -1,5 +1,4 @@
 import asyncio
-import contextlib
 import hashlib
 import http.server
 import os
@@ -22,6 +21,7 @@ from data_prep.sources import (
     text_files,
 )
 from data_prep.streams import reading
+from tests.conftest import nobody
 from zerobert.errors import ConfigError, DataError, MissingDependencyError
 
 SUFFIXES = (".txt", ".md")
@@ -125,18 +125,6 @@ def test_pipes_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="pipe is a pipe or device, and text is read twice"):
         names(str(tmp_path))
-
-
-@contextlib.contextmanager
-def nobody() -> Iterator[None]:
-    """The rights of a user who has none, where the tests run as root."""
-    was = os.geteuid()
-    if was == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(was)
 
 
 def test_what_may_not_be_read_is_named() -> None:
