@@ -4,7 +4,9 @@ Each command imports what it runs: loading the libraries of all takes longer tha
 """
 
 import argparse
+import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ if not __package__:
     expect_interrupts()
 
 from data_prep.config import DOCUMENT_BREAKS, FORMATS, InstanceConfig, ShardsConfig, TextConfig
-from zerobert.errors import EXIT_USER, ArgumentParser, ConfigError, DataError, run_script
+from zerobert.errors import EXIT_USER, ArgumentParser, ConfigError, run_script
 from zerobert.manifest import write_text, writing
 
 if TYPE_CHECKING:
@@ -299,7 +301,9 @@ def _run_vocab(arguments: argparse.Namespace) -> int:
         do_lower_case=arguments.do_lower_case,
     )
     text = vocabulary_text(vocab)
-    if arguments.output.is_file() and arguments.output.read_bytes() != text.encode():
+    with writing(arguments.output):
+        is_other = arguments.output.is_file() and arguments.output.read_bytes() != text.encode()
+    if is_other:
         raise ConfigError(
             f"--output {arguments.output} exists and is another file; remove it or choose another"
         )
@@ -381,9 +385,11 @@ def _tokenizer(arguments: argparse.Namespace) -> "WordPieceTokenizer":
 
 
 def _make_room(file: Path) -> None:
-    """Make the folder of an output file, before the long work and not after it."""
+    """Make the folder of an output file, and try it, before the long work and not after it."""
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
 
 
 def _run_inspect(arguments: argparse.Namespace) -> int:
@@ -420,14 +426,14 @@ def _instance_config(arguments: argparse.Namespace) -> InstanceConfig:
 
 def _input_files(value: str) -> list[Path]:
     """What `--input_file` names: a file, a folder's `.txt` files, or a list with commas."""
-    if Path(value).is_dir():
-        from data_prep.sources import text_files
+    from data_prep.sources import is_folder, local_source, text_files
 
-        return text_files(Path(value))
-    files = [Path(value)] if Path(value).exists() else [Path(name) for name in value.split(",")]
+    names = [value] if os.path.lexists(value) else value.split(",")
+    if len(names) == 1 and is_folder(Path(names[0])):
+        return text_files(Path(names[0]))
+    files = [Path(name) for name in names]
     for path in files:
-        if not path.is_file():
-            raise DataError(f"{path}: no such file")
+        local_source(path)
     return files
 
 

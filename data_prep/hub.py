@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep.config import TextConfig
 from data_prep.sources import identify, local_source, printable
-from data_prep.streams import OnRead, loaded, refusals
+from data_prep.streams import OnRead, loaded, reading, refusals
 from data_prep.tables import check_column
 from zerobert.errors import ConfigError, DataError, MissingDependencyError
 
@@ -52,10 +52,15 @@ def find_datasets(inputs: Sequence[str], config: TextConfig) -> list[HubDataset]
     datasets = _datasets()
     return [
         _from_folder(datasets, Path(name), config)
-        if Path(name).exists()
+        if _is_here(name)
         else _from_hub(datasets, name, config)
         for name in dict.fromkeys(inputs)
     ]
+
+
+def _is_here(name: str) -> bool:
+    with reading(printable(name)):
+        return Path(name).exists()
 
 
 def _datasets() -> Any:

@@ -141,7 +141,7 @@ def test_one_file_with_the_references_flags(text: Path, vocab: Path, tmp_path: P
     blocked = refused("instances", *flags, "--input_file", part, "--output_file", part / "x")
     assert f"cannot write {part / 'x'}: " in blocked
     missing = refused("instances", *flags, "--input_file", "a,b", "--output_file", tmp_path / "x")
-    assert missing == "error: a: no such file"
+    assert missing == "error: a: no such file or folder"
     cased = tmp_path / "cased.txt"
     cased.write_text(vocab.read_text() + "".join(f"{word.title()}\n" for word in WORDS))
     flags[1] = cased
