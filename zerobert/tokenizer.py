@@ -4,12 +4,14 @@ The `tokenizers` library is the truth for what a word and its pieces are; only t
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -341,9 +343,26 @@ def train_vocabulary(files: Sequence[Path], *, vocab_size: int, do_lower_case: b
         continuing_subword_prefix=CONTINUATION,
         show_progress=False,
     )
-    tokenizer.train([str(file) for file in files], trainer)
+    with _named_in_utf8(files) as names:
+        tokenizer.train(names, trainer)
     ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     return sorted(ids, key=lambda token: ids[token])
+
+
+@contextlib.contextmanager
+def _named_in_utf8(files: Sequence[Path]) -> Iterator[list[str]]:
+    """The files' names; the library takes UTF-8 only, so that others get a link that has it."""
+    with contextlib.ExitStack() as stack:
+        names = []
+        for path in files:
+            name = str(path)
+            if not name.isprintable():  # as half a surrogate pair, which stands for a byte
+                folder = stack.enter_context(tempfile.TemporaryDirectory())
+                link = Path(folder, "text")
+                link.symlink_to(path.resolve())
+                name = str(link)
+            names.append(name)
+        yield names
 
 
 def _count_characters(files: Sequence[Path]) -> collections.Counter[str]:

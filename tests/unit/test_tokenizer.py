@@ -240,6 +240,16 @@ def test_a_vocabulary_never_is_larger_than_asked_for(tmp_path: Path) -> None:
         train_vocabulary([text], vocab_size=9, do_lower_case=True)
 
 
+def test_a_name_that_is_no_text_changes_nothing(tmp_path: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.txt"))
+    vocabs = []
+    for path in (tmp_path / "a.txt", odd):
+        path.write_text("the cat sat on the mat\n" * 3)
+        vocabs.append(train_vocabulary([path], vocab_size=40, do_lower_case=True))
+    assert vocabs[0] == vocabs[1]
+    assert "cat" in vocabs[0]
+
+
 def test_text_that_can_not_teach(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text(" \n\n")
