@@ -4,6 +4,7 @@ Each command imports what it runs: loading the libraries of all takes longer tha
 """
 
 import argparse
+import io
 import os
 import sys
 import tempfile
@@ -340,8 +341,15 @@ def _run_shards(arguments: argparse.Namespace) -> int:
     )
     _warn_of_unknown(summary)
     print(f"shards: {_one_line(summary)}", file=sys.stderr)
-    print(folder)
+    _print_path(folder)
     return 0
+
+
+def _print_path(path: Path) -> None:
+    """Print a path in the bytes that it has on disk, whatever stdout's encoding is, for a shell."""
+    if sys.stdout is not None:  # closed by who started us
+        sys.stdout.flush()
+        sys.stdout.buffer.write(os.fsencode(path) + b"\n")
 
 
 def _run_instances(arguments: argparse.Namespace) -> int:
@@ -397,6 +405,8 @@ def _run_inspect(arguments: argparse.Namespace) -> int:
 
     if arguments.num_rows < 0:
         raise ConfigError(f"-n: wanted at least 0, got {arguments.num_rows}")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # it may not take every letter
     for line in inspect_shards(arguments.path, arguments.vocab_file, num_rows=arguments.num_rows):
         print(line)
     return 0

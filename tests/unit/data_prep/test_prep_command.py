@@ -1,11 +1,13 @@
 """What the command line makes of its arguments, in this process."""
 
+import io
+import os
 import tempfile
 from pathlib import Path
 
 import pytest
 
-from data_prep.__main__ import _input_files, main
+from data_prep.__main__ import _input_files, _print_path, main
 from tests.conftest import nobody
 from zerobert.errors import DataError
 
@@ -38,3 +40,27 @@ def test_a_place_that_can_not_be_written_is_refused_before_the_work(
         monkeypatch.setattr("zerobert.tokenizer.train_vocabulary", None)
         with nobody(), pytest.raises(DataError, match=r"cannot write .*v\.txt: Permission denied"):
             main()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+def test_a_path_is_printed_in_its_own_bytes(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    raw = io.BytesIO()
+    stdout = io.TextIOWrapper(raw, encoding=encoding, errors="strict")
+    monkeypatch.setattr("sys.stdout", stdout)
+    print("Before.")
+    _print_path(Path(os.fsdecode("/テ/".encode() + b"\xff")))
+    stdout.flush()
+    assert raw.getvalue() == b"Before.\n" + "/テ/".encode() + b"\xff\n"
+    monkeypatch.setattr("sys.stdout", None)
+    _print_path(Path("a"))
+
+
+def test_rows_are_shown_on_any_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    stdout = io.TextIOWrapper(raw, encoding="latin-1", errors="strict")
+    monkeypatch.setattr("sys.stdout", stdout)
+    monkeypatch.setattr("sys.argv", ["data_prep", "inspect", "x"])
+    monkeypatch.setattr("data_prep.look.inspect_shards", lambda *_, num_rows: ["é 茶"])
+    assert main() == 0
+    stdout.flush()
+    assert raw.getvalue() == b"\xe9 \\u8336\n"
