@@ -14,6 +14,14 @@ from data_prep.wiki import Counts
 
 # Text wrapped by hand is narrower than this; a longer line is a paragraph of its own.
 _WRAPPED_LINE_CHARACTERS = 100
+# A line's end between two letters of a script that has no blanks between words: Thai, Lao, Myanmar,
+# Khmer, kana, Han; and marks of East Asian width, which have theirs in them.
+_UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f\u1780-\u17ff"
+    r"\u2e80-\u2fdf\u3001-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    r"\uff01-\uff9f\U00020000-\U0003ffff"
+)
+_UNSPACED_BREAK = re.compile(rf"\n(?<=[{_UNSPACED}]\n)(?=[{_UNSPACED}])")
 _BLANK_LINES = re.compile(r"\n[^\S\n]*\n")
 # WikiExtractor puts these where a formula or a piece of code was.
 _PLACEHOLDER = re.compile(r"\b(?:formula|codice)_\d+")
@@ -52,9 +60,9 @@ def paragraphs(document: Document, counts: Counts) -> list[str]:
 
 def _unwrapped(lines: list[str]) -> list[str]:
     """Lines that were wrapped by hand become one paragraph; long lines are one each."""
-    if len(max(lines, key=len, default="")) <= _WRAPPED_LINE_CHARACTERS:
-        return [" ".join(lines)]
-    return lines
+    if len(max(lines, key=len, default="")) > _WRAPPED_LINE_CHARACTERS:
+        return lines
+    return [_UNSPACED_BREAK.sub("", "\n".join(lines)).replace("\n", " ")]
 
 
 def _clean_extracted(text: str) -> str:

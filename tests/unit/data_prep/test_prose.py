@@ -19,6 +19,26 @@ def test_plain_text_is_paragraphs() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (
+            "おばあさんがいま\nした。川へせんた\nくに、\n「行き」\nました。",
+            "おばあさんがいました。川へせんたくに、「行き」ました。",
+        ),
+        ("今天天\n气很好\n𠀀", "今天天气很好𠀀"),
+        ("สวัส\nดี ครับ\n\nສະບາຍ\nດີ", "สวัสดี ครับ\n\nສະບາຍດີ"),
+        ("សួស្\nតី", "សួស្តី"),
+        ("မင်္ဂ\nလာပါ", "မင်္ဂလာပါ"),
+        ("나는\n학교에 간다", "나는 학교에 간다"),
+        ("これは\nBERT\nです \nよ", "これは BERT です  よ"),
+        ("Он\nидёт. यह\nठीक है", "Он идёт. यह ठीक है"),
+    ],
+)
+def test_lines_are_joined_as_the_script_is_written(text: str, wanted: str) -> None:
+    assert prose(Document(text=text, form="plain")) == wanted.split("\n\n")
+
+
 def test_markdown_loses_its_marks() -> None:
     text = (
         "# The *first* chapter #\nIt **was** a [dark](http://x.y) night, `so` _they_ say.\n\n"
