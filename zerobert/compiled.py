@@ -51,14 +51,15 @@ def load(library: Library) -> ctypes.CDLL:
 
 
 def reason(error: Exception) -> str:
-    """What `load` failed for, in one line."""
-    detail = getattr(error, "stderr", None) or error
-    return next(reversed(str(detail).strip().splitlines()), "the compiler failed")
+    """What `load` failed for, in one line: the first that is called an error, or the last."""
+    lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
+    last = next(reversed(lines), "the compiler failed")
+    return next((line for line in lines if "error:" in line), last)
 
 
 def built(library: Library) -> Path:
     """The path of the library; see `load`."""
-    problems = []
+    problems: list[OSError | subprocess.CalledProcessError] = []
     for folder in (_cache_folder(), private_folder()):
         path = folder / file_name(library)
         try:
@@ -71,9 +72,10 @@ def built(library: Library) -> Path:
                 compile_to(finished, library)
                 ctypes.CDLL(str(finished))
                 return finished.replace(path)
-        except OSError as error:  # no permission, a read-only disk, a full one
-            problems.append(error)
-    raise problems[0]
+        except (OSError, subprocess.CalledProcessError) as error:
+            problems.append(error)  # no permission, a read-only disk, one too full for a compiler
+    refusals = (error for error in problems if isinstance(error, subprocess.CalledProcessError))
+    raise next(refusals, problems[0])
 
 
 def _can_be_loaded(path: Path) -> bool:

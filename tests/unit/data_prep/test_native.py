@@ -113,6 +113,27 @@ def test_a_cache_that_cant_be_written_is_not_needed(cache: Path, tmp_path: Path)
     assert compiled.built(LIBRARY) == library
 
 
+def test_a_cache_that_is_full_is_not_needed(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "x.c:1: warning: old\nx.s: Fatal error: can't write: 'No space left on device'\nstopped"
+    compile_to = compiled.compile_to
+
+    def compile_where_there_is_room(path: Path, library: compiled.Library) -> None:
+        if cache in path.parents:
+            raise subprocess.CalledProcessError(1, ["cc"], stderr=said)
+        compile_to(path, library)
+
+    monkeypatch.setattr(compiled, "compile_to", compile_where_there_is_room)
+    assert compiled.built(LIBRARY).parent == compiled.private_folder()
+    shutil.rmtree(compiled.private_folder())
+    block(compiled.private_folder())
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        compiled.built(LIBRARY)
+    wanted = "x.s: Fatal error: can't write: 'No space left on device'"
+    assert compiled.reason(caught.value) == wanted
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only the superuser can give a folder away")
 def test_what_another_user_put_into_the_private_folder_is_not_loaded(
     cache: Path, tmp_path: Path
