@@ -11,7 +11,7 @@ _MAX_CHARACTERS = 1000
 # In scripts without blanks, and after an opened quote, it takes the square of the length.
 _MAX_PARAGRAPH_CHARACTERS = 25_000
 _INNER_END = re.compile(r"(?<=[.!?;])\s+|(?<=[。！？；])")
-_LAST_END = re.compile(r".*(?:[.!?…][\"'”’)\]]* |[。！？](?![”’」』）]))", re.DOTALL)
+_LAST_END = re.compile(r".*(?:[.!?…।॥؟۔።][\"'”’)\]]* |[。！？](?![”’」』）]))", re.DOTALL)
 _LETTER = re.compile(r"[^\W_]")
 
 

@@ -62,3 +62,18 @@ def test_a_paragraph_without_end_takes_linear_time(unit: str) -> None:
 def test_a_long_paragraph_is_cut_where_a_sentence_ends() -> None:
     wanted = [f"Sentence number {number} of many." for number in range(2000)]
     assert sentences.split([" ".join(wanted)], "en") == wanted
+
+
+@pytest.mark.parametrize(
+    ("language", "sentence"),
+    [
+        ("hi", "यह वाक्य संख्या {} है।"),
+        ("sa", "एतत् वाक्यम् {} अस्ति॥"),
+        ("ur", "یہ جملہ نمبر {} ہے۔"),
+        ("ar", "هل هذه الجملة رقم {}؟"),
+        ("am", "ይህ ዓረፍተ ነገር ቁጥር {} ነው።"),
+    ],
+)
+def test_a_long_paragraph_of_any_script_is_cut_there(language: str, sentence: str) -> None:
+    wanted = [sentence.format(number) for number in range(2000)]
+    assert sentences.split([" ".join(wanted)], language) == wanted
