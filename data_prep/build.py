@@ -176,8 +176,12 @@ def _num_held_out(counts: Mapping[str, int], tokens: Path, config: ShardsConfig)
     """How many documents are held out: the share asked for, and those equal to the last of them."""
     if config.n_test_shards == 0:
         return 0
-    wanted = round(counts["documents"] * config.fraction_test_set)
+    wanted = _num_asked_for(counts["documents"], config)
     return end_of_equals(piece_files(tokens), wanted)
+
+
+def _num_asked_for(num_documents: int, config: ShardsConfig) -> int:
+    return round(num_documents * config.fraction_test_set)
 
 
 def plan_shards(num_documents: int, num_test: int, config: ShardsConfig) -> list[ShardPlan]:
@@ -213,6 +217,12 @@ def _too_few_message(num_documents: int, num_test: int, config: ShardsConfig) ->
         )
     most_test = num_test // needed
     most_training = (num_documents - (num_test if most_test else 0)) // needed
+    if most_training == 0 and (more := num_test - _num_asked_for(num_documents, config)) > 0:
+        return (
+            f"of {num_documents} documents, {num_test} are held out, {more} of them because their "
+            "text equals that of the last one asked for, which leaves too few for a training "
+            "shard; hold none out with --n_test_shards 0, or remove the copies"
+        )
     if most_training == 0:
         return (
             f"of {num_documents} documents, {num_test} are held out, which leaves too few for a "

@@ -170,6 +170,15 @@ def test_a_plan_uses_every_document_once_or_says_what_would_fit(
         assert f"wanted at least {needed}" in message
 
 
+def test_copies_that_leave_nothing_to_train_on_are_counted() -> None:
+    config = ShardsConfig(n_training_shards=1, n_test_shards=1, fraction_test_set=0.1)
+    with pytest.raises(ConfigError) as caught:
+        plan_shards(40, 40, config)
+    assert "40 are held out, 36 of them because their text equals" in str(caught.value)
+    assert "with --n_test_shards 0, or remove the copies" in str(caught.value)
+    assert len(plan_shards(40, 0, dataclasses.replace(config, n_test_shards=0))) == 1
+
+
 def test_one_document_is_not_enough(tmp_path: Path, vocab_file: Path) -> None:
     texts = write_texts(tmp_path / "text", [1])
     config = small_config(n_training_shards=1, n_test_shards=0)
