@@ -253,7 +253,7 @@ def test_lambs_agree_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> N
     failed: dict[str, str] = {}
     optimizer_step.check_equal(CONFIG, torch.device("cpu"), [1000], failed)
     assert failed == {}
-    monkeypatch.setattr(optimizer_step.lamb, "_square", lambda block: 1.0)
+    monkeypatch.setattr(optimizer_step.lamb, "square", lambda block: 1.0)
     monkeypatch.setitem(optimizer_step.SIZES, "tiny", dataclasses.asdict(CONFIG))
     asked = {"blocks": [], "deepspeed": False, **STEP}
     (figures,) = optimizer_step.run(argparse.Namespace(**asked))

@@ -151,11 +151,17 @@ def test_a_signal_reaches_every_rank_and_their_code_comes_out(
 
 def test_a_signal_before_the_ranks_are_up_is_not_lost(tmp_path: Path) -> None:
     launch = Launch(tmp_path, UNTIL_STOPPED)
-    while not list(launch.temporary.iterdir()):  # its handlers are set right after
+    while not _catches(launch.process.pid, signal.SIGTERM):
         time.sleep(0.005)
-    time.sleep(0.1)
     launch.process.send_signal(signal.SIGTERM)
     assert launch.end() == 143
+
+
+def _catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
 def test_who_insists_ends_ranks_that_do_not_listen(tmp_path: Path) -> None:
