@@ -5,9 +5,9 @@
 The bare loop has no engine, no scaling, no agreement between ranks and no log: forward, backward,
 clip, fused AdamW; with `--dtype bf16` weights of 16 bits, and masters and sums of gradients in
 fp32, as the engines have them. Beside it, in turns within one process, the training step of
-`pretrain` (`pretrain/loop.py`) on engines of each stage. All train on the same batches from the
-same weights, and after the first steps must have the same weights. The report is written again
-after each round.
+`pretrain` (`pretrain/loop.py`) on engines of each stage; in fp32 one process trains at stage 0
+whatever it is asked for. All train on the same batches from the same weights, and after the first
+steps must have the same weights. The report is written again after each round.
 """
 
 import argparse
