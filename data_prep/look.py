@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.parallel import progress
-from data_prep.sources import is_folder, local_source
+from data_prep.sources import is_folder, local_source, visible_folders
 from zerobert.errors import ConfigError, DataError, ManifestError
 from zerobert.manifest import (
     MANIFEST_NAME,
@@ -211,7 +211,11 @@ def _verify_folders(path: Path, checked: set[str], problems: list[str]) -> list[
         The shards in them, those of manifests among them.
     """
     shards: list[Path] = []
-    for folder, names in _visible_folders(path, problems):
+
+    def tell(error: OSError) -> None:
+        problems.append(f"{error.filename} can't be read: {error.strerror}")
+
+    for folder, names in visible_folders(path, tell):
         problems += map(_unfinished, leftovers(folder))
         if MANIFEST_NAME in names:
             try:
@@ -235,22 +239,6 @@ def _unfinished(folder: Path) -> str:
         return f"{folder}: another process is filling it; wait for its end"
     os.close(descriptor)
     return f"{folder}: never completed; run its command again, or remove it"
-
-
-def _visible_folders(path: Path, problems: list[str]) -> Iterator[tuple[Path, list[str]]]:
-    """The folders from one down, each once, with the names of their files; hidden ones left out."""
-
-    def tell(error: OSError) -> None:
-        problems.append(f"{error.filename} can't be read: {error.strerror}")
-
-    entered: set[str] = set()
-    for parent, folders, files in os.walk(path, onerror=tell, followlinks=True):
-        if (real := os.path.realpath(parent)) in entered:  # a link back up, or twice the same
-            folders.clear()
-            continue
-        entered.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield Path(parent), sorted(name for name in files if not name.startswith("."))
 
 
 def _shard_problems(path: Path) -> list[str]:

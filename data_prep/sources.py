@@ -8,7 +8,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
@@ -145,20 +145,31 @@ def walk(
     Raises:
         DataError: a folder can't be read.
     """
+    for parent, names in visible_folders(folder, _refuse_folder):
+        for name in names:
+            if _ends_right(name, suffixes):
+                yield parent / name
+            elif skipped is not None:
+                skipped.append(str(parent / name))
+
+
+def visible_folders(
+    folder: Path, on_error: Callable[[OSError], None]
+) -> Iterator[tuple[Path, list[str]]]:
+    """The folders from one down, each once and in order, with the names of their files; hidden ones
+    are left out.
+
+    Args:
+        on_error: called for a folder that can't be read.
+    """
     entered: set[str] = set()
-    for parent, names, files in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+    for parent, names, files in os.walk(folder, onerror=on_error, followlinks=True):
         if (real := os.path.realpath(parent)) in entered:  # a link back up, or twice the same
             names.clear()
             continue
         entered.add(real)
         names[:] = sorted(name for name in names if not name.startswith("."))
-        for name in sorted(files):
-            if name.startswith("."):
-                continue
-            if _ends_right(name, suffixes):
-                yield Path(parent, name)
-            elif skipped is not None:
-                skipped.append(str(Path(parent, name)))
+        yield Path(parent), sorted(name for name in files if not name.startswith("."))
 
 
 def _ends_right(name: str, suffixes: Container[str]) -> bool:
