@@ -336,6 +336,7 @@ def score_both(
     kinds: dict[str, type[Side]] = {"zerobert": Ours}
     if has_trainer():
         kinds["Trainer"] = Theirs
+    kinds = {name: kind for name, kind in kinds.items() if arguments.only in (None, name)}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in kinds}
     for seed in seeds:
         for name, kind in kinds.items():
@@ -371,7 +372,7 @@ def tell_scores(
             values = [100 * one[metric] for one in each]
             shown = ", ".join(f"{value:.2f}" for value in values)
             rows.append((name, metric, f"{statistics.median(values):.2f}", shown, rate))
-    seeds = ", ".join(arguments.seeds.split(",")[: len(scores["zerobert"])])
+    seeds = ", ".join(arguments.seeds.split(",")[: max(map(len, scores.values()))])
     title = (
         f"## Score: {count:,} sentences, {arguments.num_train_epochs:g} epochs, "
         f"{arguments.precision}, seeds {seeds}"
@@ -407,6 +408,7 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--sentences", type=int, default=3200, help="of a round of timing; 0: all")
     add("--rounds", type=int, default=5, help="0: no timing")
     add("--seeds", help="compare scores too, as 1,2,3")
+    add("--only", choices=["zerobert", "Trainer"], help="whose scores; default: both")
     add("--num_train_epochs", type=float, default=1.0, help="of the scores")
     add("--train_sentences", type=int, default=0, help="of the scores; 0: all")
     add("--hardware", help="a word for the report's name; without it none is written")

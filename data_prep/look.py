@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.parallel import progress
-from data_prep.sources import is_folder, local_source, visible_folders
+from data_prep.sources import is_folder, local_source
 from zerobert.errors import ConfigError, DataError, ManifestError
 from zerobert.manifest import (
     MANIFEST_NAME,
@@ -17,6 +17,7 @@ from zerobert.manifest import (
     leftovers,
     read_manifest,
     try_lock,
+    visible_folders,
 )
 from zerobert.shards import (
     SUFFIXES,

@@ -8,12 +8,13 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
 from data_prep.streams import COMPRESSIONS, OnRead, reading, unpacked
 from zerobert.errors import ConfigError, DataError, MissingDependencyError
+from zerobert.manifest import visible_folders
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -151,25 +152,6 @@ def walk(
                 yield parent / name
             elif skipped is not None:
                 skipped.append(str(parent / name))
-
-
-def visible_folders(
-    folder: Path, on_error: Callable[[OSError], None]
-) -> Iterator[tuple[Path, list[str]]]:
-    """The folders from one down, each once and in order, with the names of their files; hidden ones
-    are left out.
-
-    Args:
-        on_error: called for a folder that can't be read.
-    """
-    entered: set[str] = set()
-    for parent, names, files in os.walk(folder, onerror=on_error, followlinks=True):
-        if (real := os.path.realpath(parent)) in entered:  # a link back up, or twice the same
-            names.clear()
-            continue
-        entered.add(real)
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        yield Path(parent), sorted(name for name in files if not name.startswith("."))
 
 
 def _ends_right(name: str, suffixes: Container[str]) -> bool:

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,25 @@ def sha256_file(path: Path | str) -> str:
         while block := file.read(_HASH_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+def visible_folders(
+    folder: Path, on_error: Callable[[OSError], None]
+) -> Iterator[tuple[Path, list[str]]]:
+    """The folders from one down, each once and in order, with the names of their files; hidden ones
+    are left out.
+
+    Args:
+        on_error: called for a folder that can't be read.
+    """
+    entered: set[str] = set()
+    for parent, names, files in os.walk(folder, onerror=on_error, followlinks=True):
+        if (real := os.path.realpath(parent)) in entered:  # a link back up, or twice the same
+            names.clear()
+            continue
+        entered.add(real)
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        yield Path(parent), sorted(name for name in files if not name.startswith("."))
 
 
 def write_bytes(path: Path, *parts: bytes | memoryview) -> None:

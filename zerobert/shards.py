@@ -31,7 +31,14 @@ import numpy as np
 import numpy.typing as npt
 
 from zerobert.errors import ConfigError, DataError, ShardFormatError
-from zerobert.manifest import FileRecord, is_complete, read_manifest, sha256_file, write_bytes
+from zerobert.manifest import (
+    FileRecord,
+    is_complete,
+    read_manifest,
+    sha256_file,
+    visible_folders,
+    write_bytes,
+)
 
 Array = npt.NDArray[Any]
 Split = Literal["training", "test"]
@@ -375,6 +382,7 @@ def find_shards(folders: Sequence[Path], split: Split) -> list[ShardInfo]:
         Sorted by path within each folder; empty when there is none or a folder does not exist.
 
     Raises:
+        DataError: a folder can't be read.
         ShardFormatError: a file is not in NVIDIA's layout.
         ConfigError: the shards differ in length or predictions.
     """
@@ -400,21 +408,22 @@ def _split(path: Path) -> Split | None:
 
 
 def _shard_paths(folders: Sequence[Path]) -> list[Path]:
-    """Every HDF5 file under the folders, each once, even where one folder lies in another."""
+    """Every HDF5 file under the folders, each once, even where one folder lies in another.
+
+    Raises:
+        DataError: a folder can't be read.
+    """
     found: dict[Path, Path] = {}
-    entered: set[str] = set()
     for folder in folders:
-        for parent, names, files in os.walk(folder, followlinks=True):
-            if (real := os.path.realpath(parent)) in entered:  # a link back up, or twice the same
-                names.clear()
-                continue
-            entered.add(real)
-            names[:] = sorted(name for name in names if not name.startswith("."))
-            for name in sorted(files):
-                if name.endswith(SUFFIXES) and not name.startswith("."):
-                    path = Path(parent, name)
-                    found.setdefault(path.resolve(), path)
+        for parent, names in visible_folders(folder, _refuse_unreadable):
+            for path in (parent / name for name in names if name.endswith(SUFFIXES)):
+                found.setdefault(path.resolve(), path)
     return list(found.values())
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise DataError(f"{error.filename} can't be read: {error.strerror}") from error
 
 
 def shard_vocabulary(folders: Sequence[Path]) -> Path | None:

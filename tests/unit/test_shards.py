@@ -1,4 +1,5 @@
 import re
+import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ import h5py
 import numpy as np
 import pytest
 
+from tests.conftest import nobody
 from zerobert.errors import ConfigError, DataError, ShardFormatError
 from zerobert.manifest import write_manifest
 from zerobert.shards import (
@@ -301,6 +303,16 @@ def test_shards_are_found_by_name_below_the_folders(tmp_path: Path) -> None:
     ]
     assert [shard.path.name for shard in find_shards([tmp_path], "test")] == ["x_test_0.hdf5"]
     assert find_shards([tmp_path / "none"], "training") == []
+
+
+def test_a_folder_that_may_not_be_read_is_named() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        write_shard(folder / "a_training_0.hdf5", make_arrays())
+        (folder / "closed").mkdir(mode=0)
+        with nobody(), pytest.raises(DataError, match="closed can't be read: Permission denied"):
+            find_shards([folder], "training")
 
 
 def test_shards_of_two_lengths_are_refused(tmp_path: Path) -> None:
