@@ -11,7 +11,12 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import (
+    ForkServerContext,
+    ForkServerProcess,
+    SpawnContext,
+    SpawnProcess,
+)
 from pathlib import Path
 
 import pytest
@@ -59,7 +64,7 @@ def start(
     cwd: str | Path = ".",
     stdout: Path,
     stderr: Path,
-) -> ForkServerProcess:
+) -> ForkServerProcess | SpawnProcess:
     """Start `python script flags`; `join` waits for it, `exitcode` is what Popen calls returncode.
 
     Args:
@@ -69,15 +74,27 @@ def start(
     assert environment["OMP_NUM_THREADS"] == "1", "torch has been imported with one"
     for path in (stdout, stderr):
         path.touch()
+    context = _forking(environment)
+    places = [str(Path(place).absolute()) for place in (script, cwd, stdout, stderr)]
+    process = context.Process(target=_run, args=(*places, list(flags), dict(environment)))
+    process.start()
+    return process
+
+
+def _forking(environment: Mapping[str, str]) -> ForkServerContext | SpawnContext:
+    """What starts processes. One that may use CUDA can't be forked: DeepSpeed asks for devices as
+    it is imported, and CUDA refuses to start in what is forked afterwards.
+    """
+    import torch
+
+    if environment.get("CUDA_VISIBLE_DEVICES") != "" and torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         forkserver.ensure_running()
-    places = [str(Path(place).absolute()) for place in (script, cwd, stdout, stderr)]
-    process = context.Process(target=_run, args=(*places, list(flags), dict(environment)))
-    process.start()
-    return process
+    return context
 
 
 def _run(

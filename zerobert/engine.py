@@ -11,7 +11,7 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -208,6 +208,7 @@ class Engine:
         self._wrapper = self._engine.optimizer if self._is_16_bit and self._stage == 0 else None
         if self._wrapper is not None:
             self._undo_hidden_step()
+            self._wrapper.overflow_checker.has_overflow_serial = _is_any_infinite
             self._accumulate_in(served.grad_accum_dtype(ds_config))
         if self._stage == 0 and not self._is_16_bit:
             self._engine.clip_fp32_gradients = self._clip_by_known_norm
@@ -593,6 +594,15 @@ class Engine:
         self._engine.destroy()
 
 
+def _is_any_infinite(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether a gradient is no finite number: DeepSpeed asks a GPU about each by itself, and waits
+    for each answer.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm(gradients, dtype=torch.float32)
+    return not bool(torch.stack(norms).isfinite().all())
+
+
 def _norm(tensors: list[Tensor]) -> float:
     """Waits for a GPU."""
     if tensors[0].is_cuda:
@@ -608,7 +618,10 @@ def _in_one_line(error: Exception) -> str:
 def _completed(ds_config: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The configuration as DeepSpeed is to see it: with what the served combinations need."""
     config = {key: value for key, value in ds_config.items() if key != "optimizer"}
-    config.setdefault("steps_per_print", 2**31)  # the training loop has its own log line
+    # The training loop has its own log line; DeepSpeed's timers would wait for the GPU at both ends
+    # of each micro-step.
+    config.setdefault("steps_per_print", 2**31)
+    config.setdefault("timers", {"throughput": {"enabled": False}})
     # Offloaded, an optimizer other than DeepSpeed's own (whose build takes a compiler and a minute)
     # is refused by default for its speed; torch's fused AdamW has the same.
     config.setdefault("zero_force_ds_cpu_optimizer", False)

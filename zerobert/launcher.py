@@ -255,7 +255,10 @@ def run_rank(work: Callable[[StopRequest], int]) -> int:
     Args:
         work: gets what a signal is remembered in, and returns the exit code.
     """
-    if chosen := os.environ.pop(_DEVICES, ""):
+    chosen = os.environ.pop(_DEVICES, "")
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # where DeepSpeed's launcher has counted the ranks
+    elif chosen:
         os.environ["CUDA_VISIBLE_DEVICES"] = chosen  # LOCAL_RANK counts in it
     stop = StopRequest()
     try:

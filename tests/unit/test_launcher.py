@@ -173,24 +173,26 @@ def test_who_insists_ends_ranks_that_do_not_listen(tmp_path: Path) -> None:
     assert launch.end() == 128 + signal.SIGKILL
 
 
+@pytest.mark.parametrize(("accelerator", "devices"), [("cuda", "2,3"), ("cpu", "")])
 def test_the_devices_that_the_user_chose_are_the_ranks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    accelerator: str, devices: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # DeepSpeed's launcher sets CUDA_VISIBLE_DEVICES for its ranks, counting from the first device.
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    body = """
+    body = f"""
+        os.environ["DS_ACCELERATOR"] = "{accelerator}"  # where the launcher found GPUs, none is set
         from zerobert import launcher
         launcher._joined = lambda work, stop: work(stop)
         assert "CUDA_VISIBLE_DEVICES" not in os.environ
         os.environ["CUDA_VISIBLE_DEVICES"] = "0,1"
         def work(stop):
-            (out / f"{rank}.devices").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+            (out / f"{{rank}}.devices").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
             return 0
         sys.exit(launcher.run_rank(work))
     """
     launch = Launch(tmp_path, body)
     assert launch.end() == 0
-    assert [path.read_text() for path in launch.out.glob("*.devices")] == ["2,3", "2,3"]
+    assert [path.read_text() for path in launch.out.glob("*.devices")] == [devices, devices]
 
 
 @pytest.mark.parametrize(

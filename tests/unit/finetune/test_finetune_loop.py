@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from deepspeed.accelerator import get_accelerator
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from finetune import batches, loop
@@ -269,6 +270,20 @@ def test_the_loop_trains_alike_at_each_stage(stage: int, capsys) -> None:
         losses.append(logged_losses(capsys))
     assert len(losses[0]) == 6
     assert losses[0] == pytest.approx(losses[1], abs=2e-6)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_no_micro_step_waits_for_the_device(precision: str, stage: int, monkeypatch) -> None:
+    zero = {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": 2}
+    low = {} if precision == "fp32" else {precision: {"enabled": True}}
+    settings = dataclasses.replace(SETTINGS, deepspeed=deepspeed(**zero, **low))
+    engine, split, waits = loop.start_engine(make_model(), settings), make_split(16), []
+    monkeypatch.setattr(get_accelerator(), "synchronize", lambda *_: waits.append(None))
+    for step in range(1, 4):  # DeepSpeed's timers begin after two steps
+        loop.train_step(engine, split, np.arange(16), 1e-3, 0, step)
+    assert not waits
+    engine.close()
 
 
 def test_lamb_trains_too(capsys) -> None:
