@@ -208,6 +208,7 @@ def fitting_micro_batch(run: Experiment, args: argparse.Namespace) -> int:
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     return memory.largest_micro_batch(
         memory.builder(run.folder.model, run.config.bert.kernels, nsp=run.nsp, dtype=DTYPES[low]),
+        dtype=DTYPES[served.computes_in(run.config.deepspeed)],
         seq_length=shard.seq_length,
         max_predictions=run.max_predictions,
         rank_samples=rank_samples,

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ _ADVICE = 'try "kernels": {"activation_checkpointing": true}, a higher ZeRO stag
 def largest_micro_batch(
     build: Callable[[], BertForPreTraining],
     *,
+    dtype: torch.dtype,
     seq_length: int,
     max_predictions: int,
     rank_samples: int,
@@ -40,19 +42,25 @@ def largest_micro_batch(
     """The largest divisor of a rank's share of the global batch that fits.
 
     Args:
-        build: makes the model in the precision that it trains in, on the CPU.
+        build: makes the model in the precision of its weights, on the CPU.
+        dtype: what it computes in, which autocast can make another.
         state_bytes: what weights, gradients and optimizer will hold.
 
     Raises:
         ConfigError: not even one sequence fits.
     """
     model = build().to(device).train()
+    kind: dict[str, Any] = {
+        "dtype": dtype,
+        "seq_length": seq_length,
+        "max_predictions": max_predictions,
+    }
     divisors = [size for size in range(1, rank_samples + 1) if rank_samples % size == 0]
     if device.type == "cuda":
         # The model and its gradients are there while it is tried.
         own = 2 * sum(parameter.nbytes for parameter in model.parameters())
         spare = (1 - _USABLE) * torch.cuda.get_device_properties(device).total_memory
-        run = functools.partial(_run, model, seq_length=seq_length, max_predictions=max_predictions)
+        run = functools.partial(_run, model, **kind)
         found = largest_that_runs(divisors, run, max(state_bytes - own, 0) + spare, device)
         del model, run
         release(device)
@@ -62,10 +70,7 @@ def largest_micro_batch(
                 f"GiB of weights, gradients and optimizer; {_ADVICE}"
             )
         return found
-    low, high = (
-        _step_bytes(model, probe, seq_length=seq_length, max_predictions=max_predictions)
-        for probe in _PROBES
-    )
+    low, high = (_step_bytes(model, probe, **kind) for probe in _PROBES)
     del model
     release(device)
     each = max(high - low, 1) / (_PROBES[1] - _PROBES[0])
@@ -102,21 +107,13 @@ def largest_that_runs(
     return found
 
 
-def _run(
-    model: BertForPreTraining, num_rows: int, *, seq_length: int, max_predictions: int
-) -> None:
+def _run(model: BertForPreTraining, num_rows: int, **kind: Any) -> None:
     """A forward and a backward pass."""
-    device = next(model.parameters()).device
-    batch = full_batch(num_rows, seq_length, max_predictions, model.config.vocab_size)
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    _forward(model, batch).backward()  # type: ignore[no-untyped-call]
+    _forward(model, num_rows, **kind).backward()  # type: ignore[no-untyped-call]
 
 
-def _step_bytes(
-    model: BertForPreTraining, num_rows: int, *, seq_length: int, max_predictions: int
-) -> int:
+def _step_bytes(model: BertForPreTraining, num_rows: int, **kind: Any) -> int:
     """What a forward pass keeps for the way back, beside the weights."""
-    batch = full_batch(num_rows, seq_length, max_predictions, model.config.vocab_size)
     saved: dict[int, int] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
@@ -127,12 +124,23 @@ def _step_bytes(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        _forward(model, batch)
+        _forward(model, num_rows, **kind)
     return sum(saved.values())
 
 
-def _forward(model: BertForPreTraining, batch: dict[str, Tensor]) -> Tensor:
-    losses: PretrainingLosses = model(**batch)
+def _forward(
+    model: BertForPreTraining,
+    num_rows: int,
+    *,
+    dtype: torch.dtype,
+    seq_length: int,
+    max_predictions: int,
+) -> Tensor:
+    weights = next(model.parameters())
+    batch = full_batch(num_rows, seq_length, max_predictions, model.config.vocab_size)
+    batch = {name: tensor.to(weights.device) for name, tensor in batch.items()}
+    with torch.autocast(weights.device.type, dtype, enabled=dtype != weights.dtype):
+        losses: PretrainingLosses = model(**batch)
     return losses.mlm_loss_sum + losses.nsp_loss_sum
 
 
@@ -183,10 +191,11 @@ def _container_bytes(cgroup: Path) -> float:
 
 
 def release(device: torch.device) -> None:
-    """Give back what no tensor holds any more."""
+    """Give back what no tensor holds any more, and forget what the most was."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def builder(

@@ -23,7 +23,7 @@ from zerobert import kernels as choices
 from zerobert.config import BertConfig
 from zerobert.kernels import Kernels, Ops, dropout
 from zerobert.kernels.attention import Layout, Packing
-from zerobert.kernels.cross_entropy import IGNORED_LABEL
+from zerobert.kernels.cross_entropy import IGNORED_LABEL, chunks
 from zerobert.packing import NUM_COMPILED_SHAPES, pack
 
 # Matrix products are at full speed where every side is a multiple of this.
@@ -389,11 +389,17 @@ class BertForPreTraining(nn.Module):
         return PretrainingLosses(mlm_loss, nsp_loss, mlm_correct, nsp_correct, nsp_rows)
 
     def _mlm(self, x_RH: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor | None]:
-        if not self.training:
-            logits_RV = self._word_logits(x_RH).float()
-            loss = F.cross_entropy(logits_RV, labels_R, ignore_index=IGNORED_LABEL, reduction="sum")
-            return loss, (logits_RV.argmax(-1) == labels_R).sum()
         words_VH, head = self.bert.embeddings.word_embeddings.weight, self.mlm_head
+        if not self.training:
+            loss = x_RH.new_zeros((), dtype=torch.float32)
+            correct = labels_R.new_zeros(())
+            for rows in chunks(x_RH, words_VH):  # a batch trains without ever holding all logits
+                logits_CV, labels_C = self._word_logits(x_RH[rows]).float(), labels_R[rows]
+                loss += F.cross_entropy(
+                    logits_CV, labels_C, ignore_index=IGNORED_LABEL, reduction="sum"
+                )
+                correct += (logits_CV.argmax(-1) == labels_C).sum()
+            return loss, correct
         ops = self.bert.ops()
         x_RH = head.transformed(x_RH, ops)
         return ops.cross_entropy(x_RH, words_VH, head.bias_of(words_VH), labels_R), None

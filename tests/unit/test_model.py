@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from zerobert.config import BertConfig
-from zerobert.kernels import Kernels
+from zerobert.kernels import Kernels, cross_entropy
 from zerobert.kernels.attention import Layout
 from zerobert.model import (
     BertForPreTraining,
@@ -269,6 +269,15 @@ def test_evaluation_counts_correct_predictions() -> None:
     assert got.mlm_correct == (mlm_BSV.argmax(-1) == labels).sum()
     assert got.nsp_correct == (nsp_B2.argmax(-1) == batch["next_sentence_labels"]).sum()
     assert model.train()(**batch).mlm_correct is None
+
+
+def test_evaluation_in_parts_counts_the_same(monkeypatch) -> None:
+    model, batch = BertForPreTraining(CONFIG).eval(), _batch()
+    whole = model(**batch)
+    monkeypatch.setattr(cross_entropy, "_CHUNK_VALUES", 2 * CONFIG.vocab_size)
+    parts = model(**batch)
+    assert parts.mlm_correct == whole.mlm_correct
+    assert parts.mlm_loss_sum.item() == pytest.approx(whole.mlm_loss_sum.item(), rel=1e-6)
 
 
 def test_what_padding_holds_does_not_matter() -> None:

@@ -43,7 +43,8 @@ def chunked(x_RH: Tensor, weight_VH: Tensor, bias_V: Tensor, labels_R: Tensor) -
     return loss
 
 
-def _chunks(x_RH: Tensor, weight_VH: Tensor) -> list[slice]:
+def chunks(x_RH: Tensor, weight_VH: Tensor) -> list[slice]:
+    """The rows of each part whose logits are held at a time."""
     num_rows = max(1, _CHUNK_VALUES // len(weight_VH))
     return [slice(start, start + num_rows) for start in range(0, len(x_RH), num_rows)]
 
@@ -58,7 +59,7 @@ class _Chunked(torch.autograd.Function):
         # Summed over chunks in fp32: 16 bits would lose what each of many adds.
         weight_grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
         bias_grad_V = torch.zeros_like(bias_V, dtype=torch.float32)
-        for rows in _chunks(x_RH, weight_VH):
+        for rows in chunks(x_RH, weight_VH):
             x_CH, is_asked_C1 = x_RH[rows], (labels_R[rows] != IGNORED_LABEL)[:, None]
             labels_C1 = labels_R[rows, None].clamp(min=0)
             logits_CV = F.linear(x_CH, weight_VH, bias_V).float()

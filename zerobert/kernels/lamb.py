@@ -115,7 +115,11 @@ def _plain_apply(pieces: Pieces, rates: Rates, scales: Tensor) -> None:
 
 
 def _plain_step_local(pieces: Pieces, rates: Rates, scaling: Scaling) -> None:
-    _plain_apply(pieces, rates, scales(_plain_update_moments(pieces, rates), scaling))
+    squares = _plain_update_moments(pieces, rates)
+    if scaling.adapts:
+        _plain_apply(pieces, rates, scales(squares, scaling))
+    else:  # a factor for each would be a launch for each on a GPU
+        torch._foreach_sub_(pieces.weights, _plain_updates(pieces, rates), alpha=scaling.lr)
 
 
 def _plain_updates(pieces: Pieces, rates: Rates) -> list[Tensor]:

@@ -78,10 +78,12 @@ def test_fused_packed_attention_agrees_on_a_gpu(name: str) -> None:
     tokens = qkv.flatten(0, 1)[packing.places_T].requires_grad_()
     layout = Layout(mask.bool().cuda(), packing)
     num_tokens = int(mask.sum())
-    dropped = attention.IMPLEMENTATIONS[name](*tokens.unbind(-3), layout, 0.1)
+    fast = attention.IMPLEMENTATIONS[name]
+    dropped = fast(*tokens.unbind(-3), layout, 0.1)
     assert torch.autograd.grad(dropped.float().square().sum(), tokens)[0].isfinite().all()
     results = []
-    for attend in (attention.plain, attention.IMPLEMENTATIONS[name]):
-        out = attend(*tokens.unbind(-3), layout, 0.0)[:num_tokens]
+    for attend, dtype in ((attention.plain, torch.float32), (fast, torch.bfloat16)):
+        out = attend(*tokens.to(dtype).unbind(-3), layout, 0.0)[:num_tokens]
         results.append((out, torch.autograd.grad(out.float().square().sum(), tokens)[0]))
-    torch.testing.assert_close(results[0], results[1], atol=3e-2, rtol=3e-2)
+    for expected, found in zip(*results, strict=True):  # bf16 keeps 8 bits
+        assert (found - expected).abs().max() <= 0.02 * expected.abs().max()

@@ -48,7 +48,9 @@ def test_activations_are_about_what_the_forward_pass_keeps() -> None:
     """Of the twin that runs everywhere: attention in parts keeps scores that fused does not."""
     build = memory.builder(BASE, Kernels(), nsp=True, dtype=torch.float32)
     kept = [
-        memory._step_bytes(build().train(), rows, seq_length=128, max_predictions=20)
+        memory._step_bytes(
+            build().train(), rows, dtype=torch.float32, seq_length=128, max_predictions=20
+        )
         for rows in (2, 4)
     ]
     assert activations(width=4) == pytest.approx((kept[1] - kept[0]) / 2, rel=0.3)

@@ -20,6 +20,7 @@ def found(
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     return memory.largest_micro_batch(
         memory.builder(CONFIG, kernels or Kernels(), nsp=True, dtype=torch.float32),
+        dtype=torch.float32,
         seq_length=128,
         max_predictions=20,
         rank_samples=share,
