@@ -26,9 +26,11 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import measure  # noqa: E402
 from benchmarks.train_step import DTYPES, make_batch, synchronize  # noqa: E402
 from pretrain import loop  # noqa: E402
-from pretrain.data import StepBatch, dropout_seed  # noqa: E402
+from pretrain.data import MicroBatches, StepBatch, dropout_seed  # noqa: E402
 from zerobert.config import SIZES, BertConfig  # noqa: E402
+from zerobert.device import copied_to  # noqa: E402
 from zerobert.engine import Engine, init_distributed, leave_distributed  # noqa: E402
+from zerobert.kernels import Kernels  # noqa: E402
 from zerobert.model import BertForPreTraining  # noqa: E402
 from zerobert.optim import parameter_groups  # noqa: E402
 
@@ -53,8 +55,9 @@ def make_step_batch(config: BertConfig, arguments: argparse.Namespace) -> StepBa
     rows, size = arguments.micro_batch * arguments.accumulation, arguments.micro_batch
     whole = make_batch(config, rows, arguments.seq_length, 0.9, SEED)
     starts = range(0, rows, size)
+    arrays = {name: tensor.numpy() for name, tensor in whole.items()}
     return StepBatch(
-        micro_batches=tuple({k: x[i : i + size] for k, x in whole.items()} for i in starts),
+        micro_batches=MicroBatches(arrays, size, num_shapes=Kernels().num_shapes),
         first_samples=tuple(starts),
         num_masked=int(whole["masked_lm_positions"].count_nonzero()),
         num_tokens=int(whole["input_mask"].count_nonzero()),
@@ -86,7 +89,7 @@ def bare(
     def step() -> None:
         for micro, first in zip(batch.micro_batches, batch.first_samples, strict=True):
             torch.manual_seed(dropout_seed(SEED, first))
-            losses = model(**{name: x.to(device) for name, x in micro.items()})
+            losses = model(**{name: copied_to(device, x) for name, x in micro.items()})
             (losses.mlm_loss_sum / batch.num_masked + losses.nsp_loss_sum / rows).backward()
             if masters is not weights:
                 add_up()

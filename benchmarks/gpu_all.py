@@ -83,7 +83,7 @@ def parts(arguments: argparse.Namespace) -> dict[int, list[Command]]:
     common = (*device, *hardware, *quick)
     is_cpu = arguments.device == "cpu"
     low = arguments.precision or ("fp32" if is_cpu else "bf16")
-    tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "-rs")
+    tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu and not slow", "-rs")
 
     def step(length: int, size: str, limit_s: int, *words: str, what: str = "") -> Command:
         rows = 2 if arguments.quick else ROWS[length]
@@ -140,7 +140,8 @@ def parts(arguments: argparse.Namespace) -> dict[int, list[Command]]:
                 *("--micro_batch", "2" if arguments.quick else "64", *common),
             ),
             # Last, because nvcc takes minutes where it is there at all.
-            optimizer("_deepspeed", 160, "--size", "base", *deepspeed),
+            optimizer("_deepspeed", 120, "--size", "base", *deepspeed),
+            python("tests_built", 40, *tests[:-2], "gpu and slow", "tests/unit/kernels"),
         ],
         5: [
             script("loader", 70, "loader.py", "--rounds", "3", *common),

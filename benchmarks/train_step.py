@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import measure, peers  # noqa: E402
 from zerobert.config import SIZES, BertConfig  # noqa: E402
-from zerobert.device import keep_memory, peak_flops  # noqa: E402
+from zerobert.device import copied_to, keep_memory, peak_flops  # noqa: E402
 from zerobert.kernels import Kernels, layer_norm  # noqa: E402
 from zerobert.model import BertForPreTraining, training_flops_per_sequence  # noqa: E402
 from zerobert.packing import pack  # noqa: E402
@@ -77,9 +77,10 @@ class Masters:
     @torch.no_grad()
     def step(self) -> None:
         """Update both."""
-        for master, weight in zip(self.masters, self.weights, strict=True):
-            assert weight.grad is not None
-            master.grad = weight.grad.float()
+        gradients = [torch.empty_like(master) for master in self.masters]
+        torch._foreach_copy_(gradients, [weight.grad for weight in self.weights])
+        for master, gradient in zip(self.masters, gradients, strict=True):
+            master.grad = gradient
         self.optimizer.step()
         torch._foreach_copy_(self.weights, self.masters)
         for master in self.masters:
@@ -116,7 +117,7 @@ class Contender:
         if self.num_shapes is not None:
             packing = pack(batch["input_mask"], self.num_shapes)
             batch = {**batch, "places": packing.places_T, "cu_seqlens": packing.cu_seqlens}
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        batch = {name: copied_to(device, tensor) for name, tensor in batch.items()}
         with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
             loss: Tensor = self.model(batch)
         return loss
