@@ -21,9 +21,11 @@ if not __package__:
 
 from demo import results, stages
 from demo.pipeline import Stage, remove, run_stages
-from zerobert.errors import EXIT_TERMINATED, ArgumentParser, run_script
+from zerobert.errors import EXIT_TERMINATED, ArgumentParser, ConfigError, run_script
 from zerobert.manifest import writing
 from zerobert.page import format_table
+
+RECORDS_NAME = "records"
 
 
 def main() -> int:
@@ -36,7 +38,9 @@ def main() -> int:
     parser.add_argument(
         "--output_dir", type=Path, default=Path("runs/demo"), help="where everything goes"
     )
-    parser.add_argument("--max_steps", type=int, default=stages.MAX_STEPS, help="pretraining steps")
+    parser.add_argument(
+        "--max_steps", type=positive, default=stages.MAX_STEPS, help="pretraining steps"
+    )
     parser.add_argument(
         "--fresh", action="store_true", help="start over; only what was downloaded is kept"
     )
@@ -49,20 +53,40 @@ def run(root: Path, max_steps: int, *, is_fresh: bool) -> int:
     """The whole demo; returns the exit code of the stage that failed, or 0."""
     started = time.monotonic()
     plan = stages.plan(root, max_steps)
+    check_folder(root, plan)
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
         if is_fresh:
             clear(root, plan)
-    code, records = run_stages(plan, root / "records")
+    code, records = run_stages(plan, root / RECORDS_NAME)
     if code:
         return code
     unigram = results.unigram_loss(root)
     tables = [results.language_table(root, unigram), results.task_table(root)]
     page = results.write_page(root, plan, records, tables, unigram=unigram)
     print("\n" + "\n\n".join(format_table(table) for table in tables) + "\n")
+    if (note := results.task_note(root, max_steps)) is not None:
+        print(note + "\n")
     print(f"curves: {page}\nmodel:  {stages.model_folder(root, max_steps)}")
     print(f"{time.monotonic() - started:.0f} s; --fresh does it all again")
     return 0
+
+
+def check_folder(root: Path, plan: Sequence[Stage]) -> None:
+    """Refuse a folder with files that a demo would take for its own.
+
+    Raises:
+        ConfigError: names it.
+    """
+    with writing(root):
+        there = {path.name for path in root.iterdir()} if root.exists() else set()
+    sources, *later = plan
+    if RECORDS_NAME not in there and there - {sources.output.name}:
+        names = ", ".join(stage.output.name for stage in later)
+        raise ConfigError(
+            f"--output_dir {root}: there are files in it, and the demo writes {names} and others; "
+            "name a folder of its own"
+        )
 
 
 def clear(root: Path, plan: Sequence[Stage]) -> None:
@@ -70,6 +94,14 @@ def clear(root: Path, plan: Sequence[Stage]) -> None:
     _sources, *later = plan
     for path in (*(stage.output for stage in later), root / "logs", root / results.PAGE_NAME):
         remove(path)
+
+
+def positive(text: str) -> int:
+    """A number of steps."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

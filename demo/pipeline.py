@@ -41,7 +41,9 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-    """What is known of a stage: `line` is None until it is done."""
+    """What is known of a stage: `line` is None until it is done, `fingerprint` empty until it has
+    begun.
+    """
 
     fingerprint: str
     line: str | None = None
@@ -52,7 +54,8 @@ def run_stages(stages: Sequence[Stage], records: Path) -> tuple[int, list[Record
     """Run what is not done yet, in order; stops at the first failure.
 
     Whatever a stage left for other settings, or before a stage that had to be run again, is removed
-    first. What it left for the same settings stays, and its program goes on from there.
+    first. What it left for the same settings stays, and its program goes on from there; what no
+    record tells of stays too.
 
     Returns:
         The exit code, and the records of the stages that are done.
@@ -66,7 +69,7 @@ def run_stages(stages: Sequence[Stage], records: Path) -> tuple[int, list[Record
         is_known = record.fingerprint == fingerprint
         was_done = is_known and record.line is not None and stage.output.exists()
         if not was_done:
-            if not is_known:
+            if record.fingerprint and not is_known:
                 remove(stage.output)
             record, code = _run_stage(stage, path, fingerprint)
             if code:

@@ -33,6 +33,17 @@ def task_table(root: Path) -> Table:
     )
 
 
+def task_note(root: Path, max_steps: int) -> str | None:
+    """What to think of a pretrained model that is no better than random weights."""
+    if read_accuracy(root / "finetune_pretrained") > read_accuracy(root / "finetune_random"):
+        return None
+    return (
+        f"{max_steps:,} steps on so little text are too few to help with these labels: the model "
+        "has learnt how often words come, and hardly how they go together. On more text an hour of "
+        "ds_configs/tiny_cpu_1h.json is enough for that (docs/reproduce.md)."
+    )
+
+
 def language_table(root: Path, unigram: float) -> Table:
     """Pretraining beside a model that knows nothing of the context."""
     found = last_evaluation(root / "pretrain")["eval/mlm_loss"]

@@ -72,7 +72,7 @@ def make_text(root: Path) -> Stage:
         return f"{summary['documents']:,} documents, {summary['sentences']:,} sentences"
 
     command = launch("prep", "text", "--input", str(dump), "--output_dir", str(folder))
-    return _stage(folder, command, summarize=summarize)
+    return _stage(root, folder, command, summarize=summarize)
 
 
 def make_vocabulary(root: Path) -> Stage:
@@ -81,6 +81,7 @@ def make_vocabulary(root: Path) -> Stage:
     command = launch("prep", "vocab", "--input_dir", str(root / "text"), "--output", str(vocab))
     command += ["--vocab_size", str(VOCAB_SIZE)]
     return _stage(
+        root,
         vocab,
         command,
         summarize=lambda: f"{num_entries(vocab):,} word pieces, trained on this text",
@@ -109,7 +110,7 @@ def make_shards(root: Path) -> Stage:
     command = launch("prep", "shards", "--input_dir", str(root / "text"))
     command += ["--vocab_file", str(root / "vocab.txt"), "--output_dir", str(folder)]
     command += ["--n_training_shards", str(NUM_SHARDS), "--n_test_shards", "1"]
-    return _stage(folder, command, summarize=summarize)
+    return _stage(root, folder, command, summarize=summarize)
 
 
 def pretrain(root: Path, max_steps: int) -> Stage:
@@ -126,7 +127,7 @@ def pretrain(root: Path, max_steps: int) -> Stage:
     command = launch("pretrain", "--deepspeed_config", os.path.relpath(CONFIG))
     command += ["--input_dir", str(root / "shards"), "--output_dir", str(folder)]
     command += ["--max_steps", str(max_steps)]
-    return _stage(folder, command, summarize=summarize, num_steps=max_steps)
+    return _stage(root, folder, command, summarize=summarize, num_steps=max_steps)
 
 
 def make_task(root: Path) -> Stage:
@@ -160,7 +161,7 @@ def finetune(root: Path, name: str, model: Path, *flags: str) -> Stage:
     command += ["--model_name_or_path", str(model), *flags, *FINETUNE_FLAGS]
     command += ["--output_dir", str(folder)]
     return _stage(
-        folder, command, summarize=lambda: f"held-out accuracy {read_accuracy(folder):.1%}"
+        root, folder, command, summarize=lambda: f"held-out accuracy {read_accuracy(folder):.1%}"
     )
 
 
@@ -177,6 +178,7 @@ def last_evaluation(folder: Path) -> dict[str, float]:
 
 
 def _stage(
+    root: Path,
     output: Path,
     command: Sequence[str],
     *,
@@ -189,7 +191,17 @@ def _stage(
     return Stage(
         name=name,
         output=output,
-        settings=command,
+        settings=[_without_place(root, word) for word in command],
         run=lambda: run_command(command, log, num_steps=num_steps),
         summarize=summarize,
     )
+
+
+def _without_place(root: Path, word: str) -> str:
+    """A word of a command that is the same wherever the demo is started from."""
+    if word == os.path.relpath(LAUNCHER):
+        return LAUNCHER.name
+    if word == os.path.relpath(CONFIG):
+        return CONFIG.read_text(encoding="utf-8")
+    path = Path(word)
+    return str(path.relative_to(root)) if path.is_relative_to(root) else word

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from demo import __main__ as demo
 from demo import reviews, sources, stages
 from demo.pipeline import Stage, run_command, run_stages
 from demo.unigram import unigram_loss
-from zerobert.errors import DataError
+from zerobert.errors import ConfigError, DataError
 
 
 def test_the_unigram_loss_is_that_of_smoothed_frequencies() -> None:
@@ -234,3 +235,33 @@ def test_figures_are_read_from_what_the_stages_wrote(tmp_path: Path) -> None:
     vocab = tmp_path / "vocab.txt"
     vocab.write_text("[PAD]\n[UNK]\n")
     assert stages.num_entries(vocab) == 2
+
+
+def test_a_folder_with_files_of_others_is_left_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "text" / "part_0.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(ConfigError, match="there are files in it, and the demo writes text, vocab"):
+        demo.run(tmp_path, 1, is_fresh=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+    assert mine.read_text() == "mine"
+
+
+def test_sources_that_are_there_are_taken(tmp_path: Path) -> None:
+    plan = stages.plan(tmp_path, 1)
+    (tmp_path / "sources").mkdir()
+    (tmp_path / "sources" / "a").write_text("x")
+    demo.check_folder(tmp_path, plan)
+    run_stages([writing_stage(tmp_path / "sources" / "a", "y", [])], tmp_path / "records")
+    assert (tmp_path / "sources" / "a").read_text() == "xy"
+    (tmp_path / "text").mkdir()
+    demo.check_folder(tmp_path, plan)  # it is the demo's now
+
+
+def test_stages_are_the_same_from_wherever_the_demo_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [stage.settings for stage in stages.plan(tmp_path / "runs", 7)]
+    monkeypatch.chdir(tmp_path)
+    assert settings == [stage.settings for stage in stages.plan(Path("runs"), 7)]
+    assert settings != [stage.settings for stage in stages.plan(Path("runs"), 8)]

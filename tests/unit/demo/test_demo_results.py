@@ -73,6 +73,13 @@ def test_the_tables(finished: Path) -> None:
     ]
 
 
+def test_a_pretrained_model_that_is_no_better_is_explained(finished: Path) -> None:
+    assert results.task_note(finished, 1000) is None
+    (finished / "finetune_pretrained" / "result.json").write_text(json.dumps({"value": 0.6}))
+    note = results.task_note(finished, 1000)
+    assert note is not None and note.startswith("1,000 steps on so little text are too few")
+
+
 def test_the_page_has_tables_curves_and_times(finished: Path) -> None:
     stage = Stage(
         name="text", output=finished, settings=[], run=lambda: 0, summarize=lambda: "2 documents"
