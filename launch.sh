@@ -6,7 +6,12 @@
 # to stderr. ZEROBERT_PYTHON=/path/to/python uses an environment that exists, and installs nothing.
 set -euo pipefail
 
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+self=${BASH_SOURCE[0]}
+while [ -L "$self" ]; do # called by a link from elsewhere
+    target=$(readlink -- "$self")
+    case $target in /*) self=$target ;; *) self=$(dirname -- "$self")/$target ;; esac
+done
+root=$(CDPATH='' cd -- "$(dirname -- "$self")" && pwd -P)
 venv=$root/.venv
 stamp=$venv/.zerobert-ready     # what a finished set-up was made from
 marker=$venv/.zerobert-begun    # a set-up that did not finish: nothing in the folder can be trusted
@@ -69,11 +74,18 @@ fingerprint() {
 
 is_ready() { [ -f "$stamp" ] && [ "$(fingerprint)" = "$(cat "$stamp")" ]; }
 
+# Whether the environment may be removed: a set-up left a file in it, or there is nothing in it.
+is_ours() {
+    [ -e "$marker" ] || [ -e "$stamp" ] || [ -e "$log" ] || [ -z "$(ls -A "$venv" 2>/dev/null)" ]
+}
+
 install() {
     local base
     trap 'exit 130' INT # pip turns Ctrl-C into an exit code of its own
     if [ -f "$marker" ] || ! runs_python_310 "$venv/bin/python" ||
         ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+        is_ours || die "$venv is there, not made by this script, and can't be used (it wants Python 3.10" \
+            "and pip): remove it, or set ZEROBERT_PYTHON to the python of an environment you have"
         base=$(find_python)
         say "setting up $venv with $base; this happens once and takes some minutes (log: $log)"
         rm -rf "$venv"
@@ -103,6 +115,7 @@ set_up() {
         runs_python_310 "$ZEROBERT_PYTHON" ||
             die "ZEROBERT_PYTHON=$ZEROBERT_PYTHON is not a Python of 3.10 or newer that runs"
         python=$("$ZEROBERT_PYTHON" -ISc 'import sys; print(sys.executable)')
+        "$python" "$root/zerobert/doctor.py" --required || exit
     else
         if ! is_ready; then
             exec 9<"$root"
@@ -153,6 +166,7 @@ run_tests() {
 main() {
     local command=${1:-}
     [ $# -eq 0 ] || shift
+    pwd -P >/dev/null 2>&1 || die "the folder that you stand in is gone; go to another one"
     case $command in
         help | -h | --help) usage; exit ;;
         "") usage >&2; exit 2 ;;
@@ -174,7 +188,7 @@ main() {
         report) exec "$python" "$root/pretrain/report.py" "$@" ;;
         doctor) exec "$python" "$root/zerobert/doctor.py" "$@" ;;
         test) run_tests "$@" ;;
-        check) check ;;
+        check) [ $# -eq 0 ] || die "check takes no flags, got: $*"; check ;;
         *) exec "$python" "$root/finetune/run_glue.py" --task_name "$command" "$@" ;;
     esac
 }

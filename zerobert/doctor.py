@@ -6,6 +6,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -15,12 +16,8 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
-
 from zerobert import compiled
-from zerobert.config import BertConfig
-from zerobert.errors import run_script
-from zerobert.kernels import Kernels, choose, format_choices
+from zerobert.errors import ArgumentParser, MissingDependencyError, run_script
 
 _PACKAGES = ("torch", "deepspeed", "numpy", "h5py", "tokenizers", "safetensors", "wandb")
 # What is not required, what it is for, and the command that installs it.
@@ -50,9 +47,34 @@ def package_version(name: str) -> str | None:
         return None
 
 
+def required() -> list[str]:
+    """The distributions that nothing works without; none where the project is not a clone."""
+    try:
+        text = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    except OSError:
+        return []
+    block = text.partition("\ndependencies = [")[2].partition("]")[0]
+    return re.findall(r'"([\w.-]+)', block)
+
+
+def check_required(find_version: Callable[[str], str | None] = package_version) -> None:
+    """Tell what is missing before anything is imported that needs it.
+
+    Raises:
+        MissingDependencyError: names all of it, and the command that installs it.
+    """
+    if lacking := [name for name in required() if find_version(name) is None]:
+        names = " ".join(lacking)
+        raise MissingDependencyError(
+            f"{sys.executable} has no {', '.join(lacking)}: {sys.executable} -m pip install {names}"
+        )
+
+
 def machine() -> list[tuple[str, str]]:
     """Python, packages, cores, memory and devices."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    import torch
+
     rows = [("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
     rows += [(name, package_version(name) or "missing") for name in _PACKAGES]
     rows += [("CPU cores", f"{cores}"), ("memory", _memory())]
@@ -73,6 +95,8 @@ def advice(
     Args:
         has_gpu: whether what speeds up GPUs is of use; by default what torch finds.
     """
+    import torch
+
     is_served = torch.cuda.is_available() if has_gpu is None else has_gpu
     lines = [
         f"{name} is not installed (only for {purpose}): {command}"
@@ -117,6 +141,17 @@ def _memory() -> str:
 
 def main() -> int:
     """Print all of it."""
+    parser = ArgumentParser(prog="bash launch.sh doctor", description=__doc__.partition("\n")[0])
+    parser.add_argument("--required", action="store_true", help="only tell of what must be there")
+    args = parser.parse_args()
+    check_required()
+    if args.required:
+        return 0
+    import torch
+
+    from zerobert.config import BertConfig
+    from zerobert.kernels import Kernels, choose, format_choices
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     dropout_p = BertConfig().attention_probs_dropout_prob

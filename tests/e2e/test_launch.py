@@ -41,6 +41,9 @@ def clone(tmp_path: Path, repository: Path) -> Path:
     for name in ("data_prep/__main__.py", "finetune/run_glue.py", "finetune/predict.py"):
         (folder / name).write_text(shown)
     (folder / "data_prep" / "__init__.py").touch()
+    (folder / "zerobert" / "doctor.py").write_text(
+        "import os, sys\nsys.exit('error: no torch' if 'LACKING' in os.environ else None)\n"
+    )
     (folder / "zerobert" / "launcher.py").write_text(
         "import signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
@@ -103,6 +106,29 @@ def test_a_python_that_is_given_is_used_and_installs_nothing(clone: Path, tmp_pa
     result = launch(script, "predict", "a film", **python)
     assert result.stdout.endswith(" a film\n")
     assert not (clone / ".venv").exists()
+
+
+def test_a_python_without_what_is_required_is_refused_before_anything_runs(clone: Path) -> None:
+    result = launch(clone / "launch.sh", "prep", ZEROBERT_PYTHON=sys.executable, LACKING="1")
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", "error: no torch\n")
+
+
+def test_links_and_cdpath_lead_to_the_clone(clone: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "zb").symlink_to(f"../{clone.name}/launch.sh")
+    environment = {"ZEROBERT_PYTHON": sys.executable, "CDPATH": "."}
+    for script in (Path("bin/zb"), Path(clone.name, "launch.sh")):
+        result = launch(script, "prep", "text", cwd=tmp_path, **environment)
+        assert (result.stdout, result.stderr) == (f"{tmp_path} text\n", "")
+
+
+def test_an_environment_of_others_is_not_removed(clone: Path) -> None:
+    (clone / ".venv").mkdir()
+    (clone / ".venv" / "precious").touch()
+    result = launch(clone / "launch.sh", "prep")
+    assert result.returncode == 2
+    assert "is there, not made by this script, and can't be used" in result.stderr
+    assert (clone / ".venv" / "precious").exists()
 
 
 def test_a_python_that_does_not_run_is_named(clone: Path) -> None:

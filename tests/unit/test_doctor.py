@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 import pytest
 
 from zerobert import doctor
+from zerobert.errors import MissingDependencyError
 
 
 def test_nothing_to_say_about_optional_packages_that_are_there() -> None:
@@ -47,3 +48,11 @@ def test_the_machine_names_its_packages() -> None:
     rows = dict(doctor.machine())
     assert rows["torch"] == importlib.metadata.version("torch")
     assert "CPU cores" in rows
+
+
+def test_what_must_be_there_is_told_with_the_command_that_installs_it() -> None:
+    assert {"torch", "deepspeed", "h5py", "huggingface_hub"} <= set(doctor.required())
+    doctor.check_required()
+    there = {"torch": "2.13", "numpy": "2.0"}
+    with pytest.raises(MissingDependencyError, match=r"has no deepspeed, .*pip install deepspeed "):
+        doctor.check_required(there.get)
