@@ -423,7 +423,9 @@ function buildGroups() {
       if (group && !colors.has(group)) colors.set(group, color);
     }
   }
-  const parent = document.getElementById("groups");
+  const parent = document.getElementById("groups"), known = JSON.stringify([...colors]);
+  if (parent.dataset.known === known) return; // the keyboard may be in one
+  parent.dataset.known = known;
   parent.replaceChildren();
   for (const [group, color] of colors) {
     const label = add(parent, "label");
@@ -490,19 +492,30 @@ function takeOver(fresh) {
     document.querySelector("main").replaceChildren(...now);
     document.querySelectorAll("section.long").forEach(buildSearch);
   }
-  buildGroups();
+  if (data.charts.length) buildGroups();
   drawAll();
 }
 
+// Whether a copy is of other runs, or has axes that this page was not built for: one that was opened
+// before the first figures has none.
+function isAnother(fresh) {
+  const [here, there] = [document, fresh].map((page) => page.querySelector("h1").textContent);
+  return here !== there || data.axes.join() !== readData(fresh).axes.join();
+}
+
 async function askForNews(before) {
-  const news = document.getElementById("news");
+  const news = document.getElementById("news") || {}; // a page without charts has no place for them
   let text = before;
   if (!document.hidden) {
     try {
       const answer = await fetch(location.href, { cache: "no-store" });
       text = await answer.text();
       if (!answer.ok) throw new Error(text);
-      if (text !== before) takeOver(new DOMParser().parseFromString(text, "text/html"));
+      if (text !== before) {
+        const fresh = new DOMParser().parseFromString(text, "text/html");
+        if (isAnother(fresh)) return location.reload();
+        takeOver(fresh);
+      }
       news.textContent = `live, ${new Date().toLocaleTimeString()}`;
     } catch (error) {
       text = before;

@@ -333,6 +333,24 @@ def test_a_served_page_follows_the_run_and_keeps_what_the_reader_chose(
     browser.wait_until("document.getElementById('news').textContent.startsWith('no news')")
 
 
+def test_a_served_page_is_begun_anew_for_the_first_figures_and_for_another_run(
+    tmp_path: Path, browser: Browser
+) -> None:
+    runs = [tmp_path / "a"]
+    runs[0].mkdir()
+    (runs[0] / "status.json").write_text(json.dumps({"state": "running", "total_steps": 20}))
+    with served(lambda: report_page(runs, refresh_s=0.2)) as url:
+        browser.open(url)
+        assert browser.run("document.querySelectorAll('section.chart').length") == 0
+        add_lines(runs[0], {"step": 10, "elapsed_s": 30.0, "train/mlm_loss": 7.5})
+        browser.wait_until("document.querySelector('.legend')?.textContent.includes('7.5')")
+        browser.wait_until("document.getElementById('news').textContent.startsWith('live')")
+        runs[0] = make_run(tmp_path / "b", 6.25)
+        browser.wait_until("document.querySelector('.legend')?.textContent.includes('6.25')")
+        assert browser.run("document.querySelector('h1').textContent") == "b"
+        assert browser.errors == []
+
+
 def test_the_command_serves_until_it_is_interrupted(tmp_path: Path, repository: Path) -> None:
     run = make_run(tmp_path / "a", 7.5)
     process = subprocess.Popen(
