@@ -107,7 +107,6 @@ def build_parser() -> argparse.ArgumentParser:
         prog="finetune/predict.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("texts", metavar="TEXT", nargs="*", help="what to ask about")

@@ -32,7 +32,6 @@ def build_parser() -> argparse.ArgumentParser:
         prog="finetune/run_glue.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add(

@@ -30,7 +30,6 @@ def build_parser() -> argparse.ArgumentParser:
         prog="finetune/run_squad.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--data_dir", type=Path, default=Path("data/squad"), help="default: data/squad")

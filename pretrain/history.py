@@ -25,6 +25,7 @@ from zerobert.tracking import (
 
 CONFIG_NAME = "config.json"
 Line = Mapping[str, Any]
+_MOST = 1e300  # what a curve can show, and arithmetic take
 _NUM_NEAR = 100  # an event is written behind the lines that tell where it lies
 
 # What the curves may be drawn over, beside the step: the metric, and how much of it is one unit.
@@ -57,7 +58,7 @@ class Branch:
         for line in self.lines:
             step = line["step"]
             for key, value in line.items():
-                if type(value) in (int, float):
+                if type(value) in (int, float) and abs(value) < _MOST:  # NaN is not
                     columns[key][step] = value
         return dict(columns)
 
@@ -125,6 +126,7 @@ def read_run(folder: Path, name: str) -> Run:
     lines = read_metrics(metrics) if has_metrics else []
     kept, given_up, events = _follow(lines)
     state = str(status.get("state", "-"))
+    total = status.get("total_steps")
     return Run(
         name=name,
         config=_read_config(folder / CONFIG_NAME),
@@ -132,7 +134,7 @@ def read_run(folder: Path, name: str) -> Run:
         given_up=[Branch(lines=end) for end in given_up],
         events=events,
         state=f"{state}: {status['error']}" if status.get("error") else state,
-        total_steps=status.get("total_steps"),
+        total_steps=total if isinstance(total, int) else None,
         written_at=_time_of(metrics) if lines else "",
     )
 
@@ -174,9 +176,9 @@ def _read_config(path: Path) -> dict[str, str]:
     """The settings of a config that can be read; none otherwise."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return dict(_flatten(config, "")) if isinstance(config, dict) else {}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         return {}
-    return dict(_flatten(config, "")) if isinstance(config, dict) else {}
 
 
 def _flatten(section: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, str]]:

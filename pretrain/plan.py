@@ -128,6 +128,11 @@ def _experiment(args: argparse.Namespace) -> config.PretrainConfig:
                 f"zero_optimization.{name}: a plan does not know the time and memory of a CPU; "
                 "remove it from a copy of the JSON, and read the plan as a bound of the speed"
             )
+    if experiment.bert.kernels.attention == "plain":
+        raise ConfigError(
+            "kernels.attention: a plan knows fused attention alone, not plain's scores in memory; "
+            "leave it out"
+        )
     return experiment
 
 
@@ -232,12 +237,12 @@ def _training(
     if budget_s is not None and budget_s < seconds:
         seconds, steps = budget_s, int(budget_s / step.seconds)
     if steps is not None:
-        rows.append(("steps", f"{steps:,}, {steps * run.global_samples / 1e6:,.1f} M sequences"))
+        rows.append(("steps", f"{steps:,}, {_figures(steps * run.global_samples)} sequences"))
         hours = seconds / 3600
-        time = f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
-        rows.append(("time", f"{time}, {hours * run.num_gpus:,.0f} GPU-hours"))
+        time = f"{hours:,.1f} h" if hours >= 1 else f"{_figures(60 * hours)} min"
+        rows.append(("time", f"{time}, {_figures(hours * run.num_gpus)} GPU-hours"))
         if price is not None:
-            rows.append(("cost", f"{hours * run.num_gpus * price:,.0f}"))
+            rows.append(("cost", _figures(hours * run.num_gpus * price)))
     return Table(title="Training", header=("", "value"), rows=rows)
 
 
@@ -265,7 +270,7 @@ def _run(args: argparse.Namespace, experiment: config.PretrainConfig) -> cost.Ru
         is_autocast=computed != served.precision(ds),
         efficiency=args.efficiency,
         optimizer=experiment.optimizer.type,
-        fill=args.fill,
+        fill=args.fill if kernels.packing else 1.0,  # else padding is computed as words are
         overlaps=zero.get("overlap_comm", stage == 3),
         is_checkpointed=kernels.activation_checkpointing,
     )
@@ -291,6 +296,13 @@ def _model(args: argparse.Namespace, experiment: config.PretrainConfig) -> BertC
             f"{args.model!r}"
         )
     return BertConfig.from_size({**size, "vocab_size": args.vocab_size}, "--model")
+
+
+def _figures(value: float) -> str:
+    """`1,235`, `12.3`, `0.12`, `0.0012`."""
+    if value >= 1:
+        return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    return f"{value:.2g}"
 
 
 def _global_samples(ds: Mapping[str, Any], num_gpus: int) -> int:

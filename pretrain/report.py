@@ -24,7 +24,7 @@ from pretrain.progress import format_duration
 from pretrain.serve import serve
 from zerobert.errors import ArgumentParser, ConfigError, run_script
 from zerobert.manifest import is_complete, write_text
-from zerobert.page import Chart, Marker, Series, Table, render_page
+from zerobert.page import PAGE_HEAD, Chart, Marker, Series, Table, render_page
 from zerobert.tracking import METRICS_NAME, STATUS_NAME
 
 REPORT_NAME = "report.html"
@@ -319,6 +319,14 @@ class _LivePage:
         return [path.stat().st_mtime if path.is_file() else 0.0 for path in paths]
 
 
+def _is_page(path: Path) -> bool:
+    """Whether a file may be written over: a page as ours begin, or none."""
+    if not path.is_file():
+        return True
+    with path.open("rb") as file:
+        return file.read(len(PAGE_HEAD)) == PAGE_HEAD.encode()
+
+
 def main() -> int:
     parser = ArgumentParser(
         description="Draw the curves of one or several pretraining runs as one HTML page.",
@@ -345,6 +353,8 @@ def main() -> int:
         page = _LivePage(args.runs)
         page()  # a wrong folder is told before anybody looks at a page
         serve(page, 8750 if args.port is None else args.port)
+    if args.output is not None and not _is_page(args.output):
+        raise ConfigError(f"--output {args.output} is there and is no page; choose another name")
     print(write_report(args.runs, args.output or args.runs[0] / REPORT_NAME))
     return 0
 

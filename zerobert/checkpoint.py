@@ -177,7 +177,9 @@ def _download(name: str) -> Path:
         path = Path(snapshot_download(name, allow_patterns=[*patterns, *_WEIGHTS_PATTERNS]))
         if not _weight_files(path):
             path = Path(snapshot_download(name, allow_patterns=[*patterns, *_PICKLE_PATTERNS]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except HFValidationError as error:
+        raise CheckpointError(f"there is no folder {name!r}, nor can it be a hub's name") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{name!r} is neither a model folder here nor a model that could be fetched from the "
             f"Hugging Face hub ({type(error).__name__}); give the path of a folder with "

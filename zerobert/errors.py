@@ -19,7 +19,7 @@ import select
 import sys
 import types
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130
@@ -74,7 +74,12 @@ def exit_code(error: BaseException) -> int:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser whose errors are one line that says where to look, as all of ours."""
+    """A parser whose errors are one line that says where to look, as all of ours, and which takes
+    flags in full: what reads them before it, a launcher, knows no other form.
+    """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **settings})
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line.
@@ -152,8 +157,8 @@ def expect_interrupts() -> None:
 
 def print_error(error: ZerobertError) -> None:
     """Print an error as one line on stderr, with the rank's number where it is not rank 0."""
-    rank = int(os.environ.get("RANK", "0"))
-    where = f"[rank {rank}] " if rank else ""
+    rank = os.environ.get("RANK", "0")
+    where = f"[rank {rank}] " if rank != "0" else ""
     message = " ".join(str(error).split())
     print(f"{where}error: {message}", file=sys.stderr)
 

@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -174,7 +175,7 @@ def split_ranks(argv: Sequence[str]) -> tuple[list[str], int | None]:
             rest.append(flag)
             continue
         text = value or next(flags, "")
-        if not text.isdigit():
+        if not text.isdecimal():
             raise ConfigError(f"{name}: wanted a whole number, got {text!r}")
         ranks = int(text)
     return rest, ranks
@@ -194,25 +195,31 @@ def split_machines(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     rest, machines = [], []
     flags = iter(argv)
     for flag in flags:
-        name, equals, _ = flag.partition("=")
+        name, equals, value = flag.partition("=")
         if name not in _MACHINES:
             rest.append(flag)
             continue
         machines.append(flag)
-        if not equals and name not in _WITHOUT_VALUE:
-            value = next(flags, None)
-            if value is None:
-                raise ConfigError(f"{name}: wanted a value; see `deepspeed --help`")
+        if name in _WITHOUT_VALUE:
+            continue
+        if not equals:
+            value = next(flags, "")
             machines.append(value)
+        if not value:
+            raise ConfigError(f"{name}: wanted a value; see `deepspeed --help`")
     return rest, machines
 
 
-def check_hostfile(machines: Sequence[str]) -> None:
+def check_hostfile(
+    machines: Sequence[str], find_program: Callable[[str], str | None] = shutil.which
+) -> None:
     """Refuse a hostfile that DeepSpeed's launcher would pass over, or stumble on.
 
     Raises:
-        ConfigError: it is missing, or a line is no `NAME slots=N`.
+        ConfigError: it is missing, a line is no `NAME slots=N`, it names no machine or one twice;
+            or what reaches several machines is not installed.
     """
+    given = {word.partition("=")[0] for word in machines}
     words = iter(machines)
     for word in words:
         name, _, value = word.partition("=")
@@ -226,6 +233,17 @@ def check_hostfile(machines: Sequence[str]) -> None:
         for number, line in enumerate(lines, start=1):
             if not _HOST_LINE.fullmatch(line):
                 raise ConfigError(f"{path} line {number}: wanted 'NAME slots=N', got {line!r}")
+        names = [found[0] for line in lines if (found := line.partition("#")[0].split())]
+        if not names:
+            raise ConfigError(f"{path} names no machine; wanted lines 'NAME slots=N'")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(f"{path} names {twice[0]} twice")
+        by_pdsh = given.isdisjoint(("--launcher", "--no_ssh", "--include", "-i", "--num_nodes"))
+        if len(names) > 1 and by_pdsh and find_program("pdsh") is None:
+            raise ConfigError(
+                "several machines are reached by pdsh, which is not installed: apt-get install "
+                "pdsh; or start the command on each machine, with --no_ssh and its --node_rank"
+            )
 
 
 def start(

@@ -82,6 +82,10 @@ class Table:
     links: Sequence[str] = ()
 
 
+# How all of our pages begin.
+PAGE_HEAD = "<!DOCTYPE html>"
+
+
 def render_page(
     title: str,
     sections: Sequence[Chart | Table],
@@ -110,8 +114,8 @@ def render_page(
         _render_chart(section) if isinstance(section, Chart) else _render_table(section)
         for section in sections
     )
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+    page = (
+        f'{PAGE_HEAD}\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_policy(script, refresh_s)}">\n'
         '<link rel="icon" href="data:,">\n'
@@ -120,6 +124,8 @@ def render_page(
         f'<script type="application/json" id="data">{_json(data)}</script>\n'
         f"<script>{script}</script>\n</body>\n</html>\n"
     )
+    # A folder's name need not be text.
+    return page.encode("utf-8", "replace").decode()
 
 
 def format_table(table: Table) -> str:

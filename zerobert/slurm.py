@@ -28,5 +28,5 @@ def adopt_slurm(environment: MutableMapping[str, str]) -> None:
 
 def first_host(nodes: str) -> str:
     """The first of a list as SLURM writes it: `node[07-12,20],login` begins with `node07`."""
-    found = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\])?([^,]*)", nodes)
-    return "".join(part or "" for part in found.groups()) if found else nodes
+    first = re.match(r"(?:[^\[,]|\[[^\]]*\])*", nodes)  # to the first comma outside of brackets
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0] if first else nodes)

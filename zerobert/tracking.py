@@ -225,13 +225,7 @@ def _open_wandb(
             "--tracker wandb needs the package wandb, which is not installed: pip install wandb"
         ) from error
     try:
-        # Asking first keeps W&B from prompting on a terminal, where a job would wait for ever.
-        # The key itself never passes through here: W&B finds it.
-        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
-            raise ConfigError(
-                "--tracker wandb: W&B is online and has no API key; run `wandb login`, set "
-                "WANDB_API_KEY, or set WANDB_MODE=offline, which needs no account"
-            )
+        _check_login(wandb)
         run = wandb.init(
             project=project,
             name=run_name,
@@ -242,7 +236,12 @@ def _open_wandb(
             # The console belongs to us: W&B would wrap stdout and copy it.
             settings=wandb.Settings(console="off", quiet=True, disable_git=True),
         )
-    except wandb.Error as error:
+    except ConfigError:
+        raise
+    except (
+        wandb.Error,
+        ValueError,
+    ) as error:  # the latter where a WANDB_* variable has no such value
         reason = str(error).replace(os.environ.get("WANDB_API_KEY") or "\0", "***")
         raise ConfigError(
             f"--tracker wandb: W&B did not start: {reason}; mend that, or set WANDB_MODE=offline"
@@ -252,6 +251,17 @@ def _open_wandb(
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run
+
+
+def _check_login(wandb: Any) -> None:
+    """Ask first, which keeps W&B from prompting on a terminal, where a job would wait for ever. The
+    key itself never passes through here: W&B finds it.
+    """
+    if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+        raise ConfigError(
+            "--tracker wandb: W&B is online and has no API key; run `wandb login`, set "
+            "WANDB_API_KEY, or set WANDB_MODE=offline, which needs no account"
+        )
 
 
 def _wandb_id(output_dir: Path, *, is_resumed: bool) -> str:

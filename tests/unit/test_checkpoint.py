@@ -720,6 +720,11 @@ def test_a_hub_name_without_network_says_what_to_do(
     assert "give the path of a folder with config.json and model.safetensors" in message
 
 
+def test_a_path_that_is_not_there_is_no_matter_of_the_network() -> None:
+    with pytest.raises(CheckpointError, match="there is no folder 'runs/finetune/SST-2'"):
+        open_model("runs/finetune/SST-2")
+
+
 def test_a_hub_name_is_fetched_where_there_is_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -202,6 +202,9 @@ def test_the_devices_that_the_user_chose_are_the_ranks(
         ("a slots=2\nb slots=two\n", r"hosts line 2: wanted 'NAME slots=N', got 'b slots=two'"),
         ("a\n", "hosts line 1: wanted"),
         ("a slots=0\n", "hosts line 1: wanted"),
+        ("# a slots=2\n", "hosts names no machine"),
+        ("a slots=2\nb slots=2\na slots=2\n", "hosts names a twice"),
+        ("a slots=2\nb slots=2\n", "reached by pdsh, which is not installed"),
     ],
 )
 def test_a_hostfile_that_deepspeed_s_launcher_would_pass_over_is_refused(
@@ -212,7 +215,15 @@ def test_a_hostfile_that_deepspeed_s_launcher_would_pass_over_is_refused(
         path.write_text(text)
     for flags in (["--hostfile", str(path)], [f"-H={path}"]):
         with pytest.raises(ConfigError, match=message):
-            check_hostfile(flags)
+            check_hostfile(flags, lambda name: None)
+
+
+def test_machines_are_reached_by_pdsh_where_nothing_else_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("a slots=2\nb slots=2\n")
+    flags = ["--hostfile", str(tmp_path / "hosts")]
+    check_hostfile(flags, lambda name: f"/usr/bin/{name}")
+    check_hostfile([*flags, "--launcher=openmpi"], lambda name: None)
+    check_hostfile([*flags, "--include", "a"], lambda name: None)
 
 
 def test_a_hostfile_may_have_comments(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def test_elsewhere_nothing_is_changed(environment: dict[str, str]) -> None:
         ("a1,a2", "a1"),
         ("rack[1]-gpu,b", "rack1-gpu"),
         ("n[3,5-7]", "n3"),
+        ("rack[1-2]node[3,4],login", "rack1node3"),
     ],
 )
 def test_the_first_host_of_a_list(nodes: str, host: str) -> None:

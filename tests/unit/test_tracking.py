@@ -300,6 +300,13 @@ def test_wandb_online_without_a_key_says_what_to_do_and_does_not_ask(tmp_path: P
     assert "WANDB_MODE=offline" in line
 
 
+def test_a_mode_that_wandb_does_not_know_is_one_line(tmp_path: Path) -> None:
+    result = run_wandb(tmp_path / "run", (0, 1), tmp_path, WANDB_MODE="bogus")
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: --tracker wandb: W&B did not start: 1 validation error")
+
+
 def test_a_key_that_wandb_refuses_is_not_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

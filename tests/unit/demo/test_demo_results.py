@@ -77,7 +77,8 @@ def test_a_pretrained_model_that_is_no_better_is_explained(finished: Path) -> No
     assert results.task_note(finished, 1000) is None
     (finished / "finetune_pretrained" / "result.json").write_text(json.dumps({"value": 0.6}))
     note = results.task_note(finished, 1000)
-    assert note is not None and note.startswith("1,000 steps on so little text are too few")
+    assert note is not None
+    assert note.startswith("1,000 steps on so little text are too few")
 
 
 def test_the_page_has_tables_curves_and_times(finished: Path) -> None:

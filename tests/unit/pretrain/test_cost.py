@@ -258,14 +258,28 @@ def test_a_plan_has_the_recipe_s_masks_and_length() -> None:
     assert "is assumed" not in tables(*phase_2, "--max_seq_length", "512")
 
 
+def test_a_plan_computes_padding_where_it_is_not_left_out(tmp_path: Path) -> None:
+    large = {"model": {"size": "large"}}
+    padded = changed(tmp_path, bert={**large, "kernels": {"packing": False}})
+    assert "128 tokens, 100 % filled" in tables("--deepspeed_config", padded, "--fill", "0.5")
+    plain = changed(tmp_path, bert={**large, "kernels": {"attention": "plain"}})
+    with pytest.raises(ConfigError, match=r"kernels\.attention: a plan knows fused attention"):
+        tables("--deepspeed_config", plain)
+
+
+def test_a_plan_of_little_is_not_nothing(tmp_path: Path) -> None:
+    text = tables("--model", "bert_tiny", "--max_steps", "1", "--num_gpus", "1", "--price", "2")
+    assert not re.search(r" 0(\.0*)?( |$)", text.partition("Training")[2])
+
+
 def test_a_plan_goes_on_until_the_first_limit_that_is_known(tmp_path: Path) -> None:
     mosaic = tables("--deepspeed_config", recipe("mosaic_base.json"))
-    assert "steps        70,000, 286.7 M sequences" in mosaic
+    assert "steps        70,000, 286,720,000 sequences" in mosaic
     epochs = changed(tmp_path, bert={"model": {"size": "large"}, "run": {"num_train_epochs": 40}})
     text = tables("--deepspeed_config", epochs)
     assert "40 epochs end it too, of rows that are not known here: --max_steps N" in text
     assert "steps        " not in text
-    assert "steps        50, 3.3 M sequences" in tables("--max_steps", "50")
+    assert "steps        50, 3,276,800 sequences" in tables("--max_steps", "50")
 
 
 def test_a_plan_has_all_memory_at_its_micro_batch() -> None:

@@ -95,8 +95,21 @@ def test_settings_are_flat_and_a_config_that_is_missing_or_damaged_is_none(tmp_p
         "bert.data": "{}",
         "b": "[1]",
     }
-    (folder / "config.json").write_text('{"bert": ')
-    assert read_run(folder, "a").config == {}
+    for damaged in ('{"bert": ', "[" * 100_000):
+        (folder / "config.json").write_text(damaged)
+        assert read_run(folder, "a").config == {}
+
+
+def test_what_no_curve_can_show_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "elapsed_s": NaN, "a": Infinity, "b": 2}\n'
+        f'{{"step": 2, "elapsed_s": 1{"0" * 400}, "b": 3}}\n'
+    )
+    (tmp_path / "status.json").write_text('{"state": "running", "total_steps": "many"}')
+    run = read_run(tmp_path, "a")
+    assert run.kept.values("elapsed_s") == run.kept.values("a") == {}
+    assert run.kept.values("b") == {1: 2, 2: 3}
+    assert run.total_steps is None
 
 
 def test_status_and_the_time_of_the_last_line(tmp_path: Path) -> None:

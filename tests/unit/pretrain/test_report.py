@@ -215,6 +215,7 @@ def test_the_command_writes_beside_the_first_run_and_prints_where(
         (["tuned"], "tuned is of a fine-tuning run, whose page is made as it ends"),
         (["tuning"], "tuning is of a fine-tuning run"),
         (["a", "--output", "tuned/report.html"], "tuned/report.html would lie in a finished"),
+        (["a", "--output", "a/metrics.jsonl"], "--output a/metrics.jsonl is there and is no page"),
         (["a", "--serve", "--output", "x"], "--serve writes no page"),
         (["a", "--port", "80"], "--port is where a page is served"),
         (["a", "--serve", "--port", "70000"], "--port 70000 can't be served at"),
