@@ -321,10 +321,13 @@ class _LivePage:
 
 def _is_page(path: Path) -> bool:
     """Whether a file may be written over: a page as ours begin, or none."""
-    if not path.is_file():
+    try:
+        with path.open("rb") as file:
+            return file.read(len(PAGE_HEAD)) == PAGE_HEAD.encode()
+    except FileNotFoundError:
         return True
-    with path.open("rb") as file:
-        return file.read(len(PAGE_HEAD)) == PAGE_HEAD.encode()
+    except OSError:
+        return False
 
 
 def main() -> int:

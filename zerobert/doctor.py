@@ -72,9 +72,9 @@ def check_required(find_version: Callable[[str], str | None] = package_version) 
 
 def machine() -> list[tuple[str, str]]:
     """Python, packages, cores, memory and devices."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     import torch
 
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     rows = [("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
     rows += [(name, package_version(name) or "missing") for name in _PACKAGES]
     rows += [("CPU cores", f"{cores}"), ("memory", _memory())]
