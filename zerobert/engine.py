@@ -212,8 +212,9 @@ class Engine:
             self._accumulate_in(served.grad_accum_dtype(ds_config))
         if self._stage == 0 and not self._is_16_bit:
             self._engine.clip_fp32_gradients = self._clip_by_known_norm
-        if self._stage == 0 and distributed.world_size() == 1:
-            # One process has nothing to add up, but would copy all gradients to a buffer and back.
+        if distributed.world_size() == 1:
+            # One process has nothing to add up, but would copy all gradients to a buffer and back
+            # at stage 0, and in bf16 at stage 1.
             self._engine._reduce_non_expert_gradients = lambda grads, elements_per_buffer: None
         self._skipped_in_a_row = 0
         self._is_scale_spent = False
@@ -630,6 +631,10 @@ def _completed(ds_config: Mapping[str, Any], optimizer: torch.optim.Optimizer) -
         # is wrong. Ours knows the parameters inside the shard.
         config["zero_allow_untested_optimizer"] = True
     stage = served.stage(config, distributed.world_size())
+    if stage == 1 and served.precision(config) == "bf16":
+        # Add each gradient to its fp32 sum when it is there, and let go of it: the same sum, for a
+        # third less memory traffic than after the backward pass.
+        config["bf16"] = {"immediate_grad_update": True, **config["bf16"]}
     config["zero_optimization"] = {**config.get("zero_optimization", {}), "stage": stage}
     dtype = served.grad_accum_dtype(config)
     if dtype == "fp32" and stage <= 1 and config.get("communication_data_type") is None:

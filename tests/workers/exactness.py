@@ -330,8 +330,8 @@ def main() -> None:
         Lamb._layout = as_one_tensor if case.get("naive") else layout  # type: ignore[method-assign]
         print(f"{time.strftime('%X')} {case['name']}", file=sys.stderr, flush=True)
         found.append(measure(case))
-    if distributed.is_main():
-        Path(findings).write_text(json.dumps(found))
+        if distributed.is_main():  # however far it comes
+            Path(findings).write_text(json.dumps(found))
     leave_distributed()
 
 
