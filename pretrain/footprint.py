@@ -8,11 +8,11 @@ from zerobert.config import BertConfig
 
 # Bytes a parameter that every rank holds, and those that the ranks share out, by ZeRO stage, after
 # a backward pass: weights, two fp32 moments, gradients, and fp32 masters except in fp32 at stage 0.
-# bf16's gradients are added up in fp32; until a step's last micro-batch every rank holds all
-# gradients at stage 1. Copies that the optimizer's step makes take the place of activations.
+# bf16's gradients are added up in fp32, at stage 1 at once; there every rank holds all until a
+# step's last micro-batch. Copies that the optimizer's step makes take the place of activations.
 # tests/unit/pretrain/test_footprint.py counts them again.
 _STATES = {
-    "bf16": ((18, 0), (8, 12), (2, 16), (0, 18)),
+    "bf16": ((18, 0), (6, 12), (2, 16), (0, 18)),
     "fp16": ((16, 0), (4, 12), (2, 14), (0, 16)),
     "fp32": ((16, 0), (8, 12), (4, 16), (0, 20)),
 }
