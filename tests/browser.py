@@ -61,6 +61,8 @@ class Browser:
         self.requests.clear()
         self._call("Page.navigate", url=url)
         self._wait_for("Page.loadEventFired")
+        # The event may have been that of the empty page before.
+        self.wait_until("location.href !== 'about:blank' && document.readyState === 'complete'")
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression; a function's body must be a called function."""
