@@ -40,10 +40,10 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class _Parser(ArgumentParser):
-    """The project's parser, with flags spelt out and defaults in the help."""
+    """The project's parser, with defaults in the help."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **settings)
+        super().__init__(formatter_class=_HelpFormatter, **settings)
 
 
 def main() -> int:

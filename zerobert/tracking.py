@@ -238,10 +238,7 @@ def _open_wandb(
         )
     except ConfigError:
         raise
-    except (
-        wandb.Error,
-        ValueError,
-    ) as error:  # the latter where a WANDB_* variable has no such value
+    except (wandb.Error, ValueError) as error:  # the latter: a variable has no such value
         reason = str(error).replace(os.environ.get("WANDB_API_KEY") or "\0", "***")
         raise ConfigError(
             f"--tracker wandb: W&B did not start: {reason}; mend that, or set WANDB_MODE=offline"
