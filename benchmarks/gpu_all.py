@@ -43,7 +43,8 @@ QUICK = ROOT / "runs" / "quick"  # as in measure.py, which this script need not 
 PART_S, GRACE_S = 480, 30
 POLL_S = 5
 GOES_ON = 3  # the exit code of what was ended in time and goes on with the next call
-ROWS = {128: 64, 512: 16}  # of a micro-batch, by length
+# Of a micro-batch, by size and length: what fits beside the weights of all contenders.
+ROWS = {("base", 128): 256, ("base", 512): 64, ("large", 128): 64, ("large", 512): 16}
 COMPILED = ("Hugging Face sdpa", "Hugging Face sdpa, compiled", "zerobert", "zerobert, compiled")
 # Each differs from what `auto` takes on CUDA, or names one of its choices beside the others.
 WAYS = (
@@ -86,7 +87,7 @@ def parts(arguments: argparse.Namespace) -> dict[int, list[Command]]:
     tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu and not slow", "-rs")
 
     def step(length: int, size: str, limit_s: int, *words: str, what: str = "") -> Command:
-        rows = 2 if arguments.quick else ROWS[length]
+        rows = 2 if arguments.quick else ROWS[size, length]
         shape = ("--size", size, "--seq_length", str(length), "--micro_batch", str(rows))
         name = f"{size}_{what}" if what else size
         return script(
@@ -94,19 +95,20 @@ def parts(arguments: argparse.Namespace) -> dict[int, list[Command]]:
             limit_s,
             "train_step.py",
             *("--dtype", low, *shape, "--accumulation", "1", "--rounds", "5", "--fill", "0.9"),
+            *("--steps", "1" if is_cpu else "5"),
             *(*words, *device, "--hardware", f"{arguments.hardware}_{name}", *quick),
         )
 
     def whole(name: str, limit_s: int, length: int, size: str, *words: str) -> Command:
-        rows = ROWS[length]
+        rows = ROWS[size, length]
         shape = ("--size", size, "--seq_length", str(length), "--micro_batch", str(rows))
         slug = (*device, "--hardware", f"{arguments.hardware}_{name}", *quick)
         wait = () if arguments.quick else ("--most_wait", "0.01")
-        flags = (*shape, "--batch", str(8 * rows), "--steps", "40", *words, *wait, *slug)
+        flags = (*shape, "--batch", str(2**16 // length), "--steps", "40", *words, *wait, *slug)
         return script(f"end_to_end_{name}", limit_s, "end_to_end.py", *flags)
 
     def profile(name: str, limit_s: int, length: int, *words: str) -> Command:
-        rows = ("--seq_length", str(length), "--micro_batch", str(ROWS[length]))
+        rows = ("--seq_length", str(length), "--micro_batch", str(ROWS["base", length]))
         slug = (*device, "--hardware", f"{arguments.hardware}_{name}", *quick)
         flags = ("--size", "base", "--dtype", low, *rows, *words, *slug)
         return script(f"profile_{name}", limit_s, "profile_step.py", *flags)
