@@ -24,7 +24,7 @@ from zerobert.config import BertConfig
 from zerobert.kernels import Kernels, Ops, dropout
 from zerobert.kernels.attention import Layout, Packing
 from zerobert.kernels.cross_entropy import IGNORED_LABEL, chunks
-from zerobert.packing import NUM_COMPILED_SHAPES, pack
+from zerobert.packing import NUM_SHAPES, pack
 
 # Matrix products are at full speed where every side is a multiple of this.
 _VOCAB_MULTIPLE = 8
@@ -182,7 +182,7 @@ def _compiled(layer: nn.Module) -> Callable[[Tensor, Layout, Ops], Tensor]:
     """A layer through torch.compile, for as many shapes as packing gives; all layers share them."""
     from torch._dynamo import config  # here: to load the compiler takes seconds
 
-    config.recompile_limit = max(config.recompile_limit, 4 * NUM_COMPILED_SHAPES)
+    config.recompile_limit = max(config.recompile_limit, 4 * NUM_SHAPES)
     compiled: Callable[[Tensor, Layout, Ops], Tensor] = torch.compile(
         layer.forward, dynamic=False, fullgraph=True
     )

@@ -22,7 +22,7 @@ from zerobert.model import (
     span_loss,
     training_flops_per_sequence,
 )
-from zerobert.packing import NUM_COMPILED_SHAPES, pack
+from zerobert.packing import NUM_SHAPES, pack
 
 KINDS = ("weight", "bias")
 
@@ -422,7 +422,7 @@ def test_compiled_layers_compute_the_same_without_a_graph_break() -> None:
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     # All layers share what is compiled for a shape, and there is room for every shape.
     assert counters["stats"]["unique_graphs"] - before == 1
-    assert torch._dynamo.config.recompile_limit >= NUM_COMPILED_SHAPES
+    assert torch._dynamo.config.recompile_limit >= NUM_SHAPES
 
 
 def test_base_has_the_published_size() -> None:

@@ -42,11 +42,9 @@ class Kernels:
     @property
     def num_shapes(self) -> int | None:
         """How many numbers of tokens packed batches may have; None where padding is computed."""
-        from zerobert.packing import NUM_COMPILED_SHAPES, NUM_SHAPES  # which imports this package
+        from zerobert.packing import NUM_SHAPES  # which imports this package
 
-        if not self.packing:
-            return None
-        return NUM_COMPILED_SHAPES if self.compile else NUM_SHAPES
+        return NUM_SHAPES if self.packing else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
