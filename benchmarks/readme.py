@@ -69,14 +69,14 @@ def loader(figures: Mapping[str, Any]) -> Iterator[Row]:
         )
 
 
-def train_step(figures: Mapping[str, Any], dtype: str) -> Iterator[Row]:
-    """Training steps of BERT-base, a tenth of it padding."""
-    rates = figures["base 0.9"]["samples_per_s"]
+def train_step(figures: Mapping[str, Any], size: str, dtype: str) -> Iterator[Row]:
+    """Training steps, a tenth of them padding."""
+    rates = figures[f"{size} 0.9"]["samples_per_s"]
     mine = rates["zerobert"]
     peers = {"Hugging Face sdpa": "Hugging Face's BERT", "NVIDIA": "NVIDIA's BERT"}
     for name, words in peers.items():
         yield (
-            f"training BERT-base in {dtype}, rows of 128 filled to 90 %",
+            f"training BERT-{size} in {dtype}, rows of 128 filled to 90 %",
             f"{statistics.median(mine):.2f} rows/s",
             f"{words}: {statistics.median(rates[name]):.2f}",
             f"{measure.ratio(mine, rates[name]):.2f}",
@@ -96,14 +96,14 @@ def optimizer_step(figures: Mapping[str, Any]) -> Iterator[Row]:
     )
 
 
-def finetuning(figures: Mapping[str, Any]) -> Iterator[Row]:
+def finetuning(figures: Mapping[str, Any], precision: str) -> Iterator[Row]:
     """Sentences a second of SST-2."""
     rates = figures["sentences_per_s"]
     mine = rates["zerobert"]
     for name, other in rates.items():
         if name != "zerobert":
             yield (
-                "fine-tuning on SST-2 in fp32",
+                f"fine-tuning on SST-2 in {precision}",
                 f"{statistics.median(mine):.0f} sentences/s",
                 f"Hugging Face's {name}: {statistics.median(other):.0f}",
                 f"{measure.ratio(mine, other):.1f}",
@@ -131,14 +131,21 @@ SOURCES: list[tuple[str, dict[str, Any], Callable[[Mapping[str, Any]], Iterator[
     *(
         (
             "train_step",
-            {"base 0.9": None, "dtype": dtype},
-            functools.partial(train_step, dtype=dtype),
+            {f"{size} 0.9": None, "dtype": dtype},
+            functools.partial(train_step, size=size, dtype=dtype),
         )
-        for dtype in ("bf16", "fp32")
+        for size, dtype in (("base", "bf16"), ("mini", "bf16"), ("base", "fp32"))
     ),
     ("optimizer_step", {"base": None}, optimizer_step),
     ("engine_overhead", {"seconds": None, "size": "base"}, engine_overhead),
-    ("finetuning", {"sentences_per_s": None, "task": "SST-2", "precision": "fp32"}, finetuning),
+    *(
+        (
+            "finetuning",
+            {"sentences_per_s": None, "task": "SST-2", "precision": precision},
+            functools.partial(finetuning, precision=precision),
+        )
+        for precision in ("bf16", "fp32")
+    ),
 ]
 
 

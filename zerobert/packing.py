@@ -9,8 +9,8 @@ from torch import Tensor
 
 from zerobert.kernels.attention import Packing
 
-# The number of packed tokens is a multiple of the batch's places by this: what is filled up is under
-# 2 % of a batch, and batches of 64 to 256 rows with a tenth of padding have 5 to 7 numbers, for each
+# The number of packed tokens is a multiple of the batch's places by this: less than 2 % of a batch
+# is filled up, and batches of 64 to 256 rows with a tenth of padding have 5 to 7 numbers, for each
 # of which code is compiled.
 NUM_SHAPES = 32
 
