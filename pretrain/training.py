@@ -303,6 +303,7 @@ def _print_header(run: Experiment, training: Engine) -> None:
         DTYPES[served.computes_in(run.config.deepspeed)],
         dropout_p=model.attention_probs_dropout_prob,
         head_width=model.hidden_size // model.num_attention_heads,
+        hidden_size=model.hidden_size,
     )
     _say(kernels.format_choices(choices.values()))
     if not run.held_out:

@@ -217,6 +217,7 @@ class Bert(nn.Module):
         super().__init__()
         self.kernels = kernels
         self.dropout_p = config.attention_probs_dropout_prob
+        self.hidden_size = config.hidden_size
         self.head_width = config.hidden_size // config.num_attention_heads
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config, kernels)
@@ -267,7 +268,10 @@ class Bert(nn.Module):
             dtype = torch.get_autocast_dtype(device.type)
         dropout_p = self.dropout_p if self.training else 0.0
         return choices.select(
-            self.kernels, device, dtype, dropout_p=dropout_p, head_width=self.head_width
+            *(self.kernels, device, dtype),
+            dropout_p=dropout_p,
+            head_width=self.head_width,
+            hidden_size=self.hidden_size,
         )
 
     def pool(self, encoded: Encoded) -> Tensor:

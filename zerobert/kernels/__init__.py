@@ -63,6 +63,7 @@ def choose(
     *,
     dropout_p: float,
     head_width: int = 64,
+    hidden_size: int = 768,
 ) -> dict[str, Choice]:
     """What each op uses. On a GPU, kernels that torch does not vouch for are tried out first.
 
@@ -77,7 +78,7 @@ def choose(
     choices = [
         _attention(kernels, device, dtype, dropout_p, head_width),
         _projections(kernels, device),
-        _layer_norm(kernels, device, dtype),
+        _layer_norm(kernels, device, dtype, hidden_size),
         _dropout(device),
         _cross_entropy(kernels, device, dtype),
         _lamb(kernels, device),
@@ -118,9 +119,15 @@ def select(
     *,
     dropout_p: float,
     head_width: int,
+    hidden_size: int,
 ) -> Ops:
     """The implementations themselves; see `choose`."""
-    chosen = choose(kernels, device, dtype, dropout_p=dropout_p, head_width=head_width)
+    chosen = choose(
+        *(kernels, device, dtype),
+        dropout_p=dropout_p,
+        head_width=head_width,
+        hidden_size=hidden_size,
+    )
     return Ops(
         attention.IMPLEMENTATIONS[chosen["attention"].chosen],
         chosen["projections"].chosen == "fused",
@@ -217,7 +224,9 @@ def _projections(kernels: Kernels, device: torch.device) -> Choice:
     return Choice(op="projections", chosen="fused", reason="one kernel instead of three")
 
 
-def _layer_norm(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> Choice:
+def _layer_norm(
+    kernels: Kernels, device: torch.device, dtype: torch.dtype, hidden_size: int
+) -> Choice:
     has_apex = layer_norm.APEX_KERNEL is not None
     if kernels.layer_norm == "apex" and not (has_apex and device.type == "cuda"):
         raise MissingDependencyError(
@@ -232,7 +241,7 @@ def _layer_norm(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> C
     if (
         device.type == "cuda"
         and kernels.layer_norm in ("apex", "triton")
-        and (failure := trial.layer_norm_failure(kernels.layer_norm, device, dtype))
+        and (failure := trial.layer_norm_failure(kernels.layer_norm, device, dtype, hidden_size))
     ):
         raise ConfigError(f"kernels.layer_norm {kernels.layer_norm!r} {failure}")
     if kernels.layer_norm != "auto":
@@ -244,7 +253,7 @@ def _layer_norm(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> C
         return Choice(op="layer norm", chosen="torch", reason=f"torch's own kernel; {refusal}")
     chosen, reason = "torch", "torch's own kernel"
     if has_apex:
-        failure = trial.layer_norm_failure("apex", device, dtype)
+        failure = trial.layer_norm_failure("apex", device, dtype, hidden_size)
         chosen, reason = (
             ("torch", f"{reason}; apex's {failure}") if failure else ("apex", "fused both ways")
         )

@@ -29,7 +29,7 @@ def failure_of(monkeypatch: pytest.MonkeyPatch, attend: Attention) -> str | None
 
 def test_what_agrees_may_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failure_of(monkeypatch, attention.sdpa) is None
-    assert trial.layer_norm_failure("torch", CPU, torch.bfloat16) is None
+    assert trial.layer_norm_failure("torch", CPU, torch.bfloat16, 96) is None
 
 
 def test_what_differs_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,21 @@ def test_what_is_no_number_with_dropout_is_noticed(monkeypatch: pytest.MonkeyPat
         return layer_norm.plain(x, norm, residual) / (0 if dropout_p else 1)
 
     monkeypatch.setitem(layer_norm.IMPLEMENTATIONS, "new", infinite)
-    assert trial.layer_norm_failure("new", CPU, FP32) == "gives what is no number on this device"
+    assert (
+        trial.layer_norm_failure("new", CPU, FP32, 96) == "gives what is no number on this device"
+    )
+
+
+def test_another_mask_on_the_way_back_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(
+        x: Tensor, norm: nn.LayerNorm, residual: Tensor | None = None, dropout_p: float = 0.0
+    ) -> Tensor:
+        there, back = (layer_norm.plain(x, norm, residual, dropout_p) for _ in range(2))
+        return back + (there - back).detach()
+
+    monkeypatch.setitem(layer_norm.IMPLEMENTATIONS, "new", forgetful)
+    failure = trial.layer_norm_failure("new", CPU, FP32, 96)
+    assert failure == "drops other values on the way back"
 
 
 def test_a_trial_draws_none_of_the_runs_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
