@@ -42,7 +42,6 @@ Batch = dict[str, Tensor]
 MASKED_SHARE = 0.15
 PEERS = ("Hugging Face sdpa", "NVIDIA")
 REFERENCE = "Hugging Face eager"  # what all others must equal
-WARM_UP_ROUNDS = 1
 # Relative errors of the loss, of the gradient's norm, and of each tensor's gradient: models add up
 # in other orders, and 16 bits have 8 of them.
 TOLERANCES = {"fp32": (1e-4, 1e-4, 1e-3), "bf16": (1e-2, 5e-2, 0.2)}
@@ -458,7 +457,7 @@ def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     shape = (arguments.micro_batch, arguments.seq_length, arguments.fill)
     rounds = [
         [make_batch(config, *shape, 100 * number + i) for i in range(arguments.accumulation)]
-        for number in range(arguments.rounds + WARM_UP_ROUNDS)
+        for number in range(arguments.rounds)
     ]
     batches = [batch for batches in rounds for batch in batches]
     failed: dict[str, str] = {}
@@ -475,7 +474,7 @@ def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 contenders[name] = contender
     times: dict[str, list[float]] = {name: [] for name in contenders}
     samples = arguments.micro_batch * arguments.accumulation
-    for number, batches in enumerate(rounds):
+    for batches in rounds:
         for name in list(contenders):
             with measure.noting(name, failed):
                 keep_memory(keep=device.type == "cpu" and name.startswith("zerobert"))
@@ -490,12 +489,8 @@ def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 del contenders[name], times[name]
         if not contenders:
             raise SystemExit(f"nothing ran: {failed}")
-        if number >= WARM_UP_ROUNDS:
-            rates = {
-                name: [samples / seconds for seconds in runs[WARM_UP_ROUNDS:]]
-                for name, runs in times.items()
-            }
-            yield {"samples_per_s": rates, **found}
+        rates = {name: [samples / seconds for seconds in runs] for name, runs in times.items()}
+        yield {"samples_per_s": rates, **found}
 
 
 def tell(figures: dict[str, Any], arguments: argparse.Namespace) -> str:
