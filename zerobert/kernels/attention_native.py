@@ -43,10 +43,10 @@ class _Attention(Function):
         is_alike = len({x_TND.stride() for x_TND in inputs}) == 1
         if not is_alike or q_TND.stride()[1:] != (q_TND.shape[-1], 1):
             inputs = (q_TND.contiguous(), k_TND.contiguous(), v_TND.contiguous())
-        made = native.attention_forward(*inputs, starts, longest, drop)
-        ctx.save_for_backward(*inputs, *made, starts)
+        mixed_TND, log_sums_TN = native.attention_forward(*inputs, starts, longest, drop)
+        ctx.save_for_backward(*inputs, log_sums_TN, starts)
         ctx.longest, ctx.drop = longest, drop
-        return made[0]
+        return mixed_TND
 
     @staticmethod
     @once_differentiable

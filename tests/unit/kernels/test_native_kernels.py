@@ -1,6 +1,7 @@
 """The kernels in C against their plain twins, and on machines that can't build them."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,32 @@ def test_attention_in_parts_of_a_wider_product() -> None:
         assert torch.equal(got, wanted)
         for pair in zip(torch.autograd.grad(got, inputs, grad), wanted_grads, strict=True):
             assert torch.equal(*pair)
+
+
+@needs_native
+def test_attention_is_as_right_where_scores_are_large() -> None:
+    """The weights of a diverging model, too, are no more than 1."""
+    tokens, layout, grad = make_tokens(1, 33, 32, [20], torch.float32)
+    with torch.no_grad():
+        for token in tokens[:2]:
+            token.mul_(1e3)
+    exact = [token.detach().double().requires_grad_() for token in tokens]
+    wanted = torch.autograd.grad(attention.plain(*exact, layout, 0.0), exact, grad.double())
+    got = torch.autograd.grad(attention.native(*tokens, layout, 0.0), tokens, grad)
+    assert (got[2].double() - wanted[2]).abs().max() < 1e-6 * wanted[2].abs().max()
+
+
+@needs_native
+def test_what_all_keys_have_in_common_does_no_harm_in_bf16() -> None:
+    tokens, layout, grad = make_tokens(2, 64, 128, [128], torch.bfloat16)
+    with torch.no_grad():
+        for token in tokens[1:]:
+            token.add_(4 * torch.randn(2, 64).bfloat16())
+    exact = [token.detach().double().requires_grad_() for token in tokens]
+    wanted = torch.autograd.grad(attention.plain(*exact, layout, 0.0), exact, grad.double())
+    got = torch.autograd.grad(attention.native(*tokens, layout, 0.0), tokens, grad)
+    for got_grad, wanted_grad in zip(got, wanted, strict=True):
+        assert (got_grad.double() - wanted_grad).norm() < 1e-2 * wanted_grad.norm()
 
 
 @needs_native
@@ -273,7 +300,8 @@ for op in ("attention", "layer norm"):
         assert "apt-get install gcc" in line
 
 
-SANITIZED = """
+# With a library that was built in another way.
+ALL_CHECKS = """
 import sys
 from pathlib import Path
 from zerobert import compiled
@@ -289,9 +317,32 @@ tests.test_attention_drops_weights_and_their_gradients_alike(tests.torch.bfloat1
 for residual in (True, False):
     for dtype, error in ((tests.torch.float32, 2e-5), (tests.torch.bfloat16, 3e-2)):
         tests.test_layer_norm_agrees_in_value_and_gradient(residual, 48, dtype, error)
+tests.test_attention_is_as_right_where_scores_are_large()
+tests.test_what_all_keys_have_in_common_does_no_harm_in_bf16()
 tests.test_masks_are_those_of_the_published_generators()
 tests.test_the_number_of_threads_does_not_matter(tests.torch.bfloat16)
 """
+
+
+def run_all_checks(library: Path, settings: dict[str, str]) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-c", ALL_CHECKS, str(library)],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
+@needs_native
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86")
+@pytest.mark.parametrize("flags", [["-mno-avx512bf16"], ["-mno-avx512bf16", "-mno-avx512f"]])
+def test_processors_that_lack_instructions_compute_the_same(
+    tmp_path: Path, flags: list[str]
+) -> None:
+    library = tmp_path / "lacking.so"
+    compiled.compile_to(library, native.LIBRARY, *flags)
+    run_all_checks(library, {})
 
 
 def runtime(name: str) -> str:
@@ -315,10 +366,4 @@ def test_sanitizers_find_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
-    finished = subprocess.run(
-        [sys.executable, "-c", SANITIZED, str(library)],
-        env={**os.environ, **settings},
-        capture_output=True,
-        text=True,
-    )
-    assert finished.returncode == 0, finished.stderr
+    run_all_checks(library, settings)

@@ -72,7 +72,7 @@ def _library() -> ctypes.CDLL | str:
         return compiled.reason(error)
     pointers = (ctypes.c_void_p,)
     shapes = {"attention": _AttentionShape, "layer_norm": _NormShape}
-    counts = {"attention": (5, 9), "layer_norm": (8, 9)}
+    counts = {"attention": (5, 8), "layer_norm": (8, 9)}
     for name, shape in shapes.items():
         for way, count in zip(("forward", "backward"), counts[name], strict=True):
             function = getattr(library, f"{name}_{way}")
@@ -117,7 +117,7 @@ def _call(name: str, shape: ctypes.Structure, *tensors: Tensor | None) -> None:
 def attention_forward(
     q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, starts: Tensor, longest: int, drop: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Mixed values TND, and the logarithms of the softmax's sums, TN in fp32.
+    """Mixed values TND, and for the way back the logarithms of the softmax's sums, TN in fp32.
 
     Args:
         q_TND, k_TND, v_TND: tokens may be further apart, by as much in all three.
@@ -133,7 +133,7 @@ def attention_forward(
 
 
 def attention_backward(
-    forward: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    forward: tuple[Tensor, Tensor, Tensor, Tensor],
     starts: Tensor,
     longest: int,
     drop: tuple[int, int],
@@ -142,7 +142,7 @@ def attention_backward(
     """The gradients of queries, keys and values.
 
     Args:
-        forward: queries, keys, values, and what `attention_forward` made of them.
+        forward: queries, keys, values, and the last of what `attention_forward` made of them.
     """
     shape = _attention_shape(forward[0], starts, longest, drop)
     q_grad, k_grad, v_grad = (_over_rows(forward[0], starts) for _ in range(3))

@@ -274,26 +274,6 @@ static void pair_rows(float *restrict pairs, const float *values, int64_t number
 #endif
 }
 
-/* The product of two heads of a token, summed. */
-static float product_of(
-    const void *left, const void *right, int64_t first, int64_t width, int is_bf16)
-{
-    float sum = 0.0f;
-    if (is_bf16) {
-        const uint16_t *lefts = (const uint16_t *)left + first;
-        const uint16_t *rights = (const uint16_t *)right + first;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t d = 0; d < width; d++)
-            sum += from_bits((uint32_t)lefts[d] << 16) * from_bits((uint32_t)rights[d] << 16);
-    } else {
-        const float *lefts = (const float *)left + first, *rights = (const float *)right + first;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t d = 0; d < width; d++)
-            sum += lefts[d] * rights[d];
-    }
-    return sum;
-}
-
 static void scale_by(float *values, int64_t number, float factor)
 {
     for (int64_t i = 0; i < number; i++)
@@ -301,7 +281,9 @@ static void scale_by(float *values, int64_t number, float factor)
 }
 
 /* Products of one query with all keys -> its weights, dropped out, but for a factor, which is
- * returned; `log_sum` is the logarithm of the sum. `scale` makes scores of products. */
+ * returned. Scores are `scale` times the products; so is the logarithm of their sum of `log_sum`.
+ *
+ * A score is subtracted from before it is scaled: then the largest one's exponent is 0 exactly. */
 static float weigh(
     float *scores, int64_t number, float scale, const uint16_t *drawn, int64_t threshold,
     float *log_sum)
@@ -310,44 +292,46 @@ static float weigh(
 #pragma omp simd reduction(max : most)
     for (int64_t j = 0; j < number; j++)
         most = scores[j] > most ? scores[j] : most;
-    most *= scale;
     if (threshold)
 #pragma omp simd reduction(+ : sum)
         for (int64_t j = 0; j < number; j++) {
-            float weight = exp_of(scale * scores[j] - most);
+            float weight = exp_of(scale * (scores[j] - most));
             sum += weight;
             scores[j] = drawn[j] >= threshold ? weight : 0.0f;
         }
     else
 #pragma omp simd reduction(+ : sum)
         for (int64_t j = 0; j < number; j++)
-            sum += scores[j] = exp_of(scale * scores[j] - most);
-    *log_sum = most + logf(sum);
+            sum += scores[j] = exp_of(scale * (scores[j] - most));
+    *log_sum = most + logf(sum) / scale;
     return scale_of_kept(threshold) / sum;
 }
 
 /* Products of one query with all keys -> its weights, dropped out; gradients of those -> gradients of
  * the products.
  *
- * Args:
- *     along: the product of the query's output and its gradient. */
+ * What the gradients have in common is taken from these weights, not from the output, whose rounding
+ * to bf16 all keys would share: where they have a mean in common it would tell. */
 static void weigh_back(
-    float *scores, float *grads, int64_t number, float scale, float log_sum, float along,
+    float *scores, float *grads, int64_t number, float scale, float log_sum,
     const uint16_t *drawn, int64_t threshold)
 {
-    float kept = scale_of_kept(threshold);
+    float kept = scale_of_kept(threshold), along = 0.0f, total = 0.0f;
     if (threshold)
-        for (int64_t j = 0; j < number; j++) {
-            float weight = exp_of(scale * scores[j] - log_sum);
-            float factor = drawn[j] >= threshold ? kept : 0.0f;
-            grads[j] = scale * weight * (factor * grads[j] - along);
-            scores[j] = weight * factor;
-        }
-    else
-        for (int64_t j = 0; j < number; j++) {
-            scores[j] = exp_of(scale * scores[j] - log_sum);
-            grads[j] = scale * scores[j] * (grads[j] - along);
-        }
+        for (int64_t j = 0; j < number; j++)
+            grads[j] = drawn[j] >= threshold ? kept * grads[j] : 0.0f;
+#pragma omp simd reduction(+ : along, total)
+    for (int64_t j = 0; j < number; j++) {
+        scores[j] = exp_of(scale * (scores[j] - log_sum));
+        along += scores[j] * grads[j];
+        total += scores[j];
+    }
+    along /= total;
+    for (int64_t j = 0; j < number; j++)
+        grads[j] = scale * scores[j] * (grads[j] - along);
+    if (threshold)
+        for (int64_t j = 0; j < number; j++)
+            scores[j] = drawn[j] >= threshold ? kept * scores[j] : 0.0f;
 }
 
 /* Mix values by attention.
@@ -355,7 +339,7 @@ static void weigh_back(
  * Args:
  *     q, k, v: [tokens, heads, D], tokens being `step` apart.
  *     out: [tokens, heads, D]; tokens that are in no row are not written.
- *     log_sums: [tokens, heads], for the way back.
+ *     log_sums: [tokens, heads], for the way back; see `weigh`.
  *
  * Returns 0 where there was no memory. */
 EXPORTED int64_t attention_forward(
@@ -432,12 +416,12 @@ EXPORTED int64_t attention_forward(
 /* The gradients of queries, keys and values; see `attention_forward`.
  *
  * Args:
- *     out, log_sums: what `attention_forward` wrote.
+ *     log_sums: what `attention_forward` wrote.
  *     out_grad, q_grad, k_grad, v_grad: [tokens, heads, D]; tokens that are in no row are neither
  *         read nor written. */
 EXPORTED int64_t attention_backward(
-    const Shape *shape, const void *q, const void *k, const void *v, const void *out,
-    const float *log_sums, const void *out_grad, void *q_grad, void *k_grad, void *v_grad)
+    const Shape *shape, const void *q, const void *k, const void *v, const float *log_sums,
+    const void *out_grad, void *q_grad, void *k_grad, void *v_grad)
 {
     const int is_bf16 = (int)shape->is_bf16, in_pairs = is_bf16 && HAS_PAIRS;
     const int64_t width = shape->width, heads = shape->num_heads, step = shape->step;
@@ -490,12 +474,11 @@ EXPORTED int64_t attention_backward(
                 multiply(number, length, depth, grads, apart, 1, values_first, columns, score_grads,
                          columns, 0, in_pairs);
                 for (int64_t i = 0; i < number; i++) {
-                    float along = product_of(out, out_grad, here + i * all, width, is_bf16);
                     if (shape->threshold)
                         draw(&numbers, scratch.drawn, length);
                     weigh_back(weights + i * columns, score_grads + i * columns, length, scale,
-                               log_sums[(start + first + i) * heads + head], along,
-                               scratch.drawn, shape->threshold);
+                               log_sums[(start + first + i) * heads + head], scratch.drawn,
+                               shape->threshold);
                 }
                 const float *by_query = score_grads, *by_key = score_grads, *weights_by_key = weights;
                 int64_t query_units = units_of(number, in_pairs), by_query_apart = columns;
