@@ -281,9 +281,9 @@ static void scale_by(float *values, int64_t number, float factor)
 }
 
 /* Products of one query with all keys -> its weights, dropped out, but for a factor, which is
- * returned. Scores are `scale` times the products; so is the logarithm of their sum of `log_sum`.
+ * returned. A score is `scale` times a product; `log_sum`, too, is in units of the products.
  *
- * A score is subtracted from before it is scaled: then the largest one's exponent is 0 exactly. */
+ * The largest is taken off before the others are scaled: then its own exponent is 0 exactly. */
 static float weigh(
     float *scores, int64_t number, float scale, const uint16_t *drawn, int64_t threshold,
     float *log_sum)
@@ -354,11 +354,11 @@ EXPORTED int64_t attention_forward(
 #pragma omp parallel num_threads((int)shape->num_threads)
     {
         Scratch scratch;
-        int64_t num_values = (shape->longest + 1) * (apart + wide) + depth * most +
+        int64_t num_values = shape->longest * (apart + wide) + depth * most +
                              QUERIES * (apart + wide + 2 * most);
         int has_memory = open_scratch(&scratch, num_values, most);
-        float *head_units = take(&scratch, (shape->longest + 1) * apart);
-        float *woven_values = take(&scratch, (shape->longest + 1) * wide);
+        float *head_units = take(&scratch, shape->longest * apart);
+        float *woven_values = take(&scratch, shape->longest * wide);
         float *keys_first = take(&scratch, depth * most);
         float *queries = take(&scratch, QUERIES * apart), *mixed = take(&scratch, QUERIES * wide);
         float *scores = take(&scratch, QUERIES * most), *paired = take(&scratch, QUERIES * most);
@@ -432,11 +432,11 @@ EXPORTED int64_t attention_backward(
 #pragma omp parallel num_threads((int)shape->num_threads)
     {
         Scratch scratch;
-        int64_t num_values = (shape->longest + 1) * (apart + 3 * wide) + 2 * depth * most +
+        int64_t num_values = shape->longest * (apart + 3 * wide) + 2 * depth * most +
                              QUERIES * (2 * apart + 3 * wide + 4 * most);
         int has_memory = open_scratch(&scratch, num_values, most);
-        float *head_units = take(&scratch, (shape->longest + 1) * apart);
-        float *woven_keys = take(&scratch, (shape->longest + 1) * wide);
+        float *head_units = take(&scratch, shape->longest * apart);
+        float *woven_keys = take(&scratch, shape->longest * wide);
         float *key_grads = take(&scratch, shape->longest * wide);
         float *value_grads = take(&scratch, shape->longest * wide);
         float *keys_first = take(&scratch, depth * most), *values_first = take(&scratch, depth * most);
