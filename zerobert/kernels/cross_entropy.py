@@ -61,9 +61,9 @@ class _Chunked(torch.autograd.Function):
         x_grad_RH = torch.empty_like(x_RH)
         parts = chunks(x_RH, weight_VH)
         # Summed over chunks in fp32: 16 bits would lose what each of many adds.
-        total = torch.float32 if len(parts) > 1 else weight_VH.dtype
-        weight_grad_VH = torch.zeros_like(weight_VH, dtype=total) if len(parts) != 1 else None
-        bias_grad_V = torch.zeros_like(bias_V, dtype=total)
+        exact = torch.float32
+        weight_grad_VH = torch.zeros_like(weight_VH, dtype=exact) if len(parts) != 1 else None
+        bias_grad_V = torch.zeros_like(bias_V, dtype=exact)
         for rows in parts:
             is_asked_C1 = (labels_R[rows] != IGNORED_LABEL)[:, None]
             labels_C1 = labels_R[rows, None].clamp(min=0)

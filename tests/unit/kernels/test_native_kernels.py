@@ -74,6 +74,15 @@ def test_attention_in_parts_of_a_wider_product() -> None:
             assert torch.equal(*pair)
 
 
+def both_gradients(
+    tokens: list[Tensor], layout: Layout, grad: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Those of queries, keys and values by the kernel, and by its plain twin in fp64."""
+    exact = [token.detach().double().requires_grad_() for token in tokens]
+    wanted = torch.autograd.grad(attention.plain(*exact, layout, 0.0), exact, grad.double())
+    return torch.autograd.grad(attention.native(*tokens, layout, 0.0), tokens, grad), wanted
+
+
 @needs_native
 def test_attention_is_as_right_where_scores_are_large() -> None:
     """The weights of a diverging model, too, are no more than 1."""
@@ -81,9 +90,7 @@ def test_attention_is_as_right_where_scores_are_large() -> None:
     with torch.no_grad():
         for token in tokens[:2]:
             token.mul_(1e3)
-    exact = [token.detach().double().requires_grad_() for token in tokens]
-    wanted = torch.autograd.grad(attention.plain(*exact, layout, 0.0), exact, grad.double())
-    got = torch.autograd.grad(attention.native(*tokens, layout, 0.0), tokens, grad)
+    got, wanted = both_gradients(tokens, layout, grad)
     assert (got[2].double() - wanted[2]).abs().max() < 1e-6 * wanted[2].abs().max()
 
 
@@ -93,9 +100,7 @@ def test_what_all_keys_have_in_common_does_no_harm_in_bf16() -> None:
     with torch.no_grad():
         for token in tokens[1:]:
             token.add_(4 * torch.randn(2, 64).bfloat16())
-    exact = [token.detach().double().requires_grad_() for token in tokens]
-    wanted = torch.autograd.grad(attention.plain(*exact, layout, 0.0), exact, grad.double())
-    got = torch.autograd.grad(attention.native(*tokens, layout, 0.0), tokens, grad)
+    got, wanted = both_gradients(tokens, layout, grad)
     for got_grad, wanted_grad in zip(got, wanted, strict=True):
         assert (got_grad.double() - wanted_grad).norm() < 1e-2 * wanted_grad.norm()
 
