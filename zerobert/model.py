@@ -126,11 +126,10 @@ class Residual(nn.Module):
         self.dropout_p = config.hidden_dropout_prob
 
     def forward(self, x: Tensor, residual_XH: Tensor, ops: Ops) -> Tensor:
-        x_XH = self.dense(x)
         if self.is_pre_norm:
-            return residual_XH + _drop(self, x_XH)
+            return residual_XH + _drop(self, self.dense(x))
         dropout_p = self.dropout_p if self.training else 0.0
-        return ops.normalize(x_XH, self.LayerNorm, residual_XH, dropout_p)
+        return ops.normalize(x, self.LayerNorm, residual_XH, dropout_p, self.dense)
 
 
 class Layer(nn.Module):
@@ -153,7 +152,8 @@ class Layer(nn.Module):
         read_XH = ops.normalize(x_XH, mix.LayerNorm) if self.is_pre_norm else x_XH
         x_XH = mix(self.attention["self"](read_XH, layout, ops), x_XH, ops)
         read_XH = ops.normalize(x_XH, narrow.LayerNorm) if self.is_pre_norm else x_XH
-        out_XH: Tensor = narrow(F.gelu(self.intermediate["dense"](read_XH)), x_XH, ops)
+        wide_XI = ops.gelu(read_XH, cast(nn.Linear, self.intermediate["dense"]))
+        out_XH: Tensor = narrow(wide_XI, x_XH, ops)
         return out_XH
 
 
@@ -294,7 +294,7 @@ class MaskedLmHead(nn.Module):
 
     def transformed(self, x_XH: Tensor, ops: Ops) -> Tensor:
         """What the decoder reads."""
-        wide_XH = F.gelu(self.transform["dense"](x_XH))
+        wide_XH = ops.gelu(x_XH, cast(nn.Linear, self.transform["dense"]))
         return ops.normalize(wide_XH, cast(nn.LayerNorm, self.transform["LayerNorm"]))
 
     def bias_of(self, word_embeddings_VH: Tensor) -> Tensor:

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from zerobert.kernels.attention import Packing
 
-# The number of packed tokens is a multiple of the batch's places by this: less than 2 % of a batch
-# is filled up, and batches of 64 to 256 rows with a tenth of padding have 5 to 7 numbers, for each
-# of which code is compiled.
-NUM_SHAPES = 32
+# The number of packed tokens is a multiple of the batch's places by this: less than 1 % of a batch
+# is filled up on average, and code is compiled for each number that comes up.
+NUM_SHAPES = 64
 
 
 def pack(input_mask_BS: Tensor, num_shapes: int = NUM_SHAPES) -> Packing:

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from zerobert.errors import ConfigError, MissingDependencyError
-from zerobert.kernels import attention, cross_entropy, lamb, layer_norm, native, trial
+from zerobert.kernels import attention, cross_entropy, gelu, lamb, layer_norm, native, trial
 from zerobert.page import Table, format_table
 
 _16_BITS = (torch.bfloat16, torch.float16)
@@ -33,6 +33,7 @@ class Kernels:
     attention: Literal["auto", "plain", "sdpa", "flash", "varlen", "native"] = "auto"
     projections: Literal["auto", "separate", "fused"] = "auto"
     layer_norm: Literal["auto", "torch", "apex", "triton", "native"] = "auto"
+    gelu: Literal["auto", "torch", "native"] = "auto"
     cross_entropy: Literal["auto", "plain", "chunked"] = "auto"
     lamb: Literal["auto", "plain", "blocked", "triton", "apex"] = "auto"
     packing: bool = True
@@ -79,6 +80,7 @@ def choose(
         _attention(kernels, device, dtype, dropout_p, head_width),
         _projections(kernels, device),
         _layer_norm(kernels, device, dtype, hidden_size),
+        _gelu(kernels, device, dtype),
         _dropout(device),
         _cross_entropy(kernels, device, dtype),
         _lamb(kernels, device),
@@ -108,6 +110,7 @@ class Ops(NamedTuple):
     attend: attention.Attention
     fuses_projections: bool
     normalize: layer_norm.LayerNorm
+    gelu: gelu.Gelu
     cross_entropy: cross_entropy.LinearCrossEntropy
 
 
@@ -132,6 +135,7 @@ def select(
         attention.IMPLEMENTATIONS[chosen["attention"].chosen],
         chosen["projections"].chosen == "fused",
         layer_norm.IMPLEMENTATIONS[chosen["layer norm"].chosen],
+        gelu.IMPLEMENTATIONS[chosen["GELU"].chosen],
         cross_entropy.IMPLEMENTATIONS[chosen["cross entropy"].chosen],
     )
 
@@ -273,6 +277,18 @@ def _check_triton(kernels: Kernels, device: torch.device) -> None:
         raise ConfigError(
             f"{where} runs on CUDA only, or with TRITON_INTERPRET=1 slowly in Triton's interpreter"
         )
+
+
+def _gelu(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> Choice:
+    refusal = _native_refusal("kernels.gelu 'native'", kernels, device, dtype)
+    if kernels.gelu == "native" and refusal is not None:
+        raise refusal
+    if kernels.gelu != "auto":
+        return Choice(op="GELU", chosen=kernels.gelu, reason=_ASKED)
+    if refusal is None:
+        return Choice(op="GELU", chosen="native", reason="bias in the same pass")
+    reason = "torch's own kernel" + (f"; {refusal}" if device.type == "cpu" else "")
+    return Choice(op="GELU", chosen="torch", reason=reason)
 
 
 def _dropout(device: torch.device) -> Choice:

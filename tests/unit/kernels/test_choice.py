@@ -29,6 +29,7 @@ def test_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "attention": "native",
         "projections": "separate",
         "layer norm": "native",
+        "GELU": "native",
         "dropout": "words",
         "cross entropy": "plain",
         "LAMB": "blocked",

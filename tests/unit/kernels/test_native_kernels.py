@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zerobert import compiled
-from zerobert.kernels import attention, dropout, layer_norm, layer_norm_native, native
+from zerobert.kernels import attention, dropout, gelu, layer_norm, layer_norm_native, native
 from zerobert.kernels.attention import Layout
 from zerobert.packing import pack
 
@@ -154,6 +154,38 @@ def test_layer_norm_agrees_in_value_and_gradient(
         torch.testing.assert_close(got.double(), wanted.double(), atol=error, rtol=error)
 
 
+@needs_native
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 5e-6), (torch.bfloat16, 3e-2)])
+def test_gelu_agrees_in_value_and_gradient(dtype: torch.dtype, error: float) -> None:
+    torch.manual_seed(0)
+    dense, x = nn.Linear(48, 300).to(dtype), (6 * torch.randn(3, 20, 48)).to(dtype).requires_grad_()
+    grad, leaves = torch.randn(3, 20, 300).to(dtype), (x, dense.weight, dense.bias)
+    results = []
+    for activate, like in ((gelu.native, dtype), (gelu.torch_native, torch.float64)):
+        dense.to(like)
+        out = activate(x.to(like), dense)
+        results.append([out, *torch.autograd.grad(out, leaves, grad.to(like))])
+    for got, wanted in zip(*results, strict=True):
+        apart = (got.double() - wanted.double()).abs().max()
+        assert apart <= error * wanted.abs().max()
+
+
+@needs_native
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_layer_norm_adds_the_bias_of_a_dense_layer(dropout_p: float) -> None:
+    torch.manual_seed(0)
+    norm, dense = nn.LayerNorm(48), nn.Linear(32, 48)
+    x, residual = torch.randn(50, 32).requires_grad_(), torch.randn(50, 48)
+    results = []
+    for inside in (True, False):
+        torch.manual_seed(1)
+        arguments = (x, dense) if inside else (dense(x), None)
+        out = layer_norm.native(arguments[0], norm, residual, dropout_p, arguments[1])
+        results.append([out, *torch.autograd.grad(out.square().sum(), (x, *dense.parameters()))])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, atol=2e-4, rtol=1e-5)
+
+
 def philox(counter: list[int], key: list[int]) -> list[int]:
     """Salmon et al.'s Philox4x32-10, word by word."""
     for _ in range(10):
@@ -190,7 +222,9 @@ def test_masks_are_those_of_the_published_generators() -> None:
     seed, width, num_rows = 0x0123456789ABCDEF, 200, 3
     threshold = dropout.threshold(0.25)
     ones, weight, bias = torch.ones(num_rows, width), torch.ones(width), torch.zeros(width)
-    _, dropped, *_ = native.layer_norm_forward(ones, None, weight, bias, 1e-5, (threshold, seed))
+    _, dropped, *_ = native.layer_norm_forward(
+        ones, None, None, weight, bias, 1e-5, (threshold, seed)
+    )
     for row in range(num_rows):
         key = [seed % 2**32, seed >> 32]
         lanes = [philox([lane, row, 0, 0], key) for lane in range(16)]
@@ -214,7 +248,7 @@ def test_layer_norm_drops_the_branch_and_its_gradient_alike() -> None:
     torch.manual_seed(1)
     drop = dropout.new_mask(0.3)
     _, sums, *_ = native.layer_norm_forward(
-        torch.ones(50, 128), torch.zeros(50, 128), norm.weight, norm.bias, 1e-5, drop
+        torch.ones(50, 128), None, torch.zeros(50, 128), norm.weight, norm.bias, 1e-5, drop
     )
     wanted = layer_norm.plain(branch * sums, norm, residual)
     torch.testing.assert_close(got, wanted)
@@ -263,7 +297,7 @@ def test_what_is_no_number_stays_none() -> None:
     assert q_grad[0].isnan().all()
     x = torch.ones(2, 64)
     x[0, 5] = float("inf")
-    normal = layer_norm_native.normalize(x, nn.LayerNorm(64), None, 0.0)
+    normal = layer_norm_native.normalize(x, nn.LayerNorm(64), None, 0.0, None)
     assert normal[0].isnan().any()
     assert not normal[1].isnan().any()
 
@@ -322,6 +356,9 @@ tests.test_attention_drops_weights_and_their_gradients_alike(tests.torch.bfloat1
 for residual in (True, False):
     for dtype, error in ((tests.torch.float32, 2e-5), (tests.torch.bfloat16, 3e-2)):
         tests.test_layer_norm_agrees_in_value_and_gradient(residual, 48, dtype, error)
+tests.test_gelu_agrees_in_value_and_gradient(tests.torch.float32, 5e-6)
+tests.test_gelu_agrees_in_value_and_gradient(tests.torch.bfloat16, 3e-2)
+tests.test_layer_norm_adds_the_bias_of_a_dense_layer(0.3)
 tests.test_attention_is_as_right_where_scores_are_large()
 tests.test_what_all_keys_have_in_common_does_no_harm_in_bf16()
 tests.test_masks_are_those_of_the_published_generators()

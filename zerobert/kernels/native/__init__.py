@@ -1,4 +1,4 @@
-"""The kernels of a CPU in C, which share threads with torch: attention and layer norm.
+"""The kernels of a CPU in C, which share threads with torch: attention, layer norm and GELU.
 
 They are built at their first use; `refusal` says why they can't serve where they can't. Tensors are
 contiguous but where it is said, in fp32 or bf16, and on the CPU.
@@ -18,13 +18,13 @@ from zerobert import compiled
 LIBRARY = compiled.Library(
     name="kernels",
     folder=Path(__file__).resolve().parent,
-    sources=("attention.c", "layer_norm.c"),
+    sources=("attention.c", "gelu.c", "layer_norm.c"),
     # By the standard's letter a product and a sum would be two instructions.
     flags=("-std=c11", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
     is_for_this_cpu=True,
 )
 DTYPES = (torch.float32, torch.bfloat16)
-# The gradients of a norm's weight and bias are added up in so many parts, whatever the threads.
+# The gradients of weights and biases are added up in so many parts, whatever the threads.
 _NUM_PARTS = 32
 _MAPS = Path("/proc/self/maps")
 
@@ -62,6 +62,19 @@ class _NormShape(ctypes.Structure):
     )
 
 
+class _GeluShape(ctypes.Structure):
+    """`Shape` of gelu.c."""
+
+    _fields_ = (
+        ("num_rows", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("is_bf16", ctypes.c_int64),
+        ("has_bf16_bias", ctypes.c_int64),
+        ("num_parts", ctypes.c_int64),
+        ("num_threads", ctypes.c_int64),
+    )
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | str:
     """The compiled library, or why there is none."""
@@ -71,8 +84,8 @@ def _library() -> ctypes.CDLL | str:
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         return compiled.reason(error)
     pointers = (ctypes.c_void_p,)
-    shapes = {"attention": _AttentionShape, "layer_norm": _NormShape}
-    counts = {"attention": (5, 8), "layer_norm": (8, 9)}
+    shapes = {"attention": _AttentionShape, "layer_norm": _NormShape, "gelu": _GeluShape}
+    counts = {"attention": (5, 8), "layer_norm": (9, 10), "gelu": (3, 5)}
     for name, shape in shapes.items():
         for way, count in zip(("forward", "backward"), counts[name], strict=True):
             function = getattr(library, f"{name}_{way}")
@@ -174,6 +187,7 @@ def _over_rows(like_TND: Tensor, starts: Tensor) -> Tensor:
 
 def layer_norm_forward(
     branch_XH: Tensor,
+    offset_H: Tensor | None,
     residual_XH: Tensor | None,
     weight_H: Tensor,
     bias_H: Tensor,
@@ -182,14 +196,17 @@ def layer_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Normalised rows XH; what was normalised, XH, its means and the inverses of its standard
     deviations, X in fp32.
+
+    Args:
+        offset_H: added to the branch before values are dropped.
     """
     shape = _norm_shape(branch_XH, weight_H, eps, drop)
-    is_sum = residual_XH is not None or drop[0] > 0
+    is_sum = offset_H is not None or residual_XH is not None or drop[0] > 0
     sums_XH = torch.empty_like(branch_XH) if is_sum else None
     out_XH = torch.empty_like(branch_XH)
     means_X, inverses_X = torch.empty(2, *branch_XH.shape[:-1])
-    tensors = (branch_XH, residual_XH, weight_H, bias_H, sums_XH, out_XH, means_X, inverses_X)
-    _call("layer_norm_forward", shape, *tensors)
+    inputs = (branch_XH, offset_H, residual_XH, weight_H, bias_H)
+    _call("layer_norm_forward", shape, *inputs, sums_XH, out_XH, means_X, inverses_X)
     return out_XH, branch_XH if sums_XH is None else sums_XH, means_X, inverses_X
 
 
@@ -200,9 +217,10 @@ def layer_norm_backward(
     drop: tuple[int, int],
     out_grad_XH: Tensor,
     *,
+    has_offset: bool,
     has_residual: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """The gradients of branch, residual, weight and bias.
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """The gradients of branch, offset, residual, weight and bias.
 
     Args:
         forward: the last three of what `layer_norm_forward` returned.
@@ -210,14 +228,20 @@ def layer_norm_backward(
     shape = _norm_shape(out_grad_XH, weight_H, eps, drop)
     sum_grad_XH = torch.empty_like(out_grad_XH) if has_residual or not drop[0] else None
     branch_grad_XH = torch.empty_like(out_grad_XH) if drop[0] else None
-    parts = torch.empty(2, _NUM_PARTS, len(weight_H))
+    parts = torch.empty(3 if has_offset else 2, _NUM_PARTS, len(weight_H))
     sums_XH, means_X, inverses_X = forward
     tensors = (out_grad_XH, sums_XH, weight_H, means_X, inverses_X, sum_grad_XH, branch_grad_XH)
-    _call("layer_norm_backward", shape, *tensors, *parts)
-    weight_grad_H, bias_grad_H = parts.sum(1).to(weight_H.dtype)
+    _call("layer_norm_backward", shape, *tensors, *parts, *(() if has_offset else (None,)))
+    weight_grad_H, bias_grad_H, *offset_grad_H = parts.sum(1).to(weight_H.dtype)
     branch = sum_grad_XH if branch_grad_XH is None else branch_grad_XH
     assert branch is not None
-    return branch, sum_grad_XH if has_residual else None, weight_grad_H, bias_grad_H
+    return (
+        branch,
+        offset_grad_H[0] if has_offset else None,
+        sum_grad_XH if has_residual else None,
+        weight_grad_H,
+        bias_grad_H,
+    )
 
 
 def _norm_shape(like_XH: Tensor, weight_H: Tensor, eps: float, drop: tuple[int, int]) -> _NormShape:
@@ -231,4 +255,31 @@ def _norm_shape(like_XH: Tensor, weight_H: Tensor, eps: float, drop: tuple[int, 
         _NUM_PARTS,
         torch.get_num_threads(),
         eps,
+    )
+
+
+def gelu_forward(wide_XI: Tensor, bias_I: Tensor) -> Tensor:
+    """The GELU of values and a bias, XI."""
+    out_XI = torch.empty_like(wide_XI)
+    _call("gelu_forward", _gelu_shape(wide_XI, bias_I), wide_XI, bias_I, out_XI)
+    return out_XI
+
+
+def gelu_backward(wide_XI: Tensor, bias_I: Tensor, out_grad_XI: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of values and bias."""
+    wide_grad_XI = torch.empty_like(wide_XI)
+    parts = torch.empty(_NUM_PARTS, len(bias_I))
+    tensors = (out_grad_XI, wide_XI, bias_I, wide_grad_XI, parts)
+    _call("gelu_backward", _gelu_shape(wide_XI, bias_I), *tensors)
+    return wide_grad_XI, parts.sum(0).to(bias_I.dtype)
+
+
+def _gelu_shape(wide_XI: Tensor, bias_I: Tensor) -> _GeluShape:
+    return _GeluShape(
+        wide_XI.numel() // len(bias_I),
+        len(bias_I),
+        wide_XI.dtype == torch.bfloat16,
+        bias_I.dtype == torch.bfloat16,
+        _NUM_PARTS,
+        torch.get_num_threads(),
     )

@@ -15,12 +15,6 @@
 #include "native.h"
 
 #include <math.h>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#define HAS_PAIRS 1
-#else
-#define HAS_PAIRS 0
-#endif
 
 #define QUERIES 64 /* at a time */
 #define TILE_ROWS 6

@@ -1,6 +1,7 @@
-/* Layer norm of `residual + dropout(branch)`, forward and backward, in one pass over memory each.
+/* Layer norm of `residual + dropout(branch + offset)`, forward and backward, in one pass over memory
+ * each; the offset is the bias of the product that made the branch.
  *
- * Statistics and sums are fp32, whatever the values are kept in. The gradients of weight and bias
+ * Statistics and sums are fp32, whatever the values are kept in. The gradients of what all rows share
  * are added up in a fixed number of parts, so that the result does not depend on the number of
  * threads.
  *
@@ -36,28 +37,33 @@ static void drop_out(float *values, uint16_t *drawn, const Shape *shape, int64_t
  *
  * Args:
  *     branch: [rows, H].
- *     residual: likewise, or null for none.
+ *     offset: [H], or null for none.
+ *     residual: [rows, H], or null for none.
+ *     weight, bias: [H].
  *     sums: [rows, H], what is normalised, for the way back; null where that is `branch` itself.
  *     means, inverses: [rows], of what is normalised the mean, and 1 / its standard deviation.
  *
  * Returns 0 where there was no memory. */
 EXPORTED int64_t layer_norm_forward(
-    const Shape *shape, const void *branch, const void *residual, const void *weight,
-    const void *bias, void *sums, void *out, float *means, float *inverses)
+    const Shape *shape, const void *branch, const void *offset, const void *residual,
+    const void *weight, const void *bias, void *sums, void *out, float *means, float *inverses)
 {
     const int64_t width = shape->width;
     const int is_bf16 = (int)shape->is_bf16;
     int is_done = 1;
 #pragma omp parallel num_threads((int)shape->num_threads)
     {
-        float *memory = malloc((size_t)(4 * 4 * width));
+        float *memory = malloc((size_t)(4 * 5 * width));
         uint16_t *drawn = malloc((size_t)(2 * rounded_up(width, DRAWS)));
         float *values = memory, *others = memory + width;
         float *weights = memory + 2 * width, *biases = memory + 3 * width;
+        float *offsets = memory + 4 * width;
         int has_memory = memory && drawn;
         if (has_memory) {
             load(weights, weight, 0, width, (int)shape->has_bf16_weights);
             load(biases, bias, 0, width, (int)shape->has_bf16_weights);
+            if (offset)
+                load(offsets, offset, 0, width, (int)shape->has_bf16_weights);
         } else {
 #pragma omp atomic write
             is_done = 0;
@@ -67,6 +73,9 @@ EXPORTED int64_t layer_norm_forward(
             if (!has_memory)
                 continue;
             load(values, branch, row * width, width, is_bf16);
+            if (offset)
+                for (int64_t i = 0; i < width; i++)
+                    values[i] += offsets[i];
             if (shape->threshold)
                 drop_out(values, drawn, shape, row);
             if (residual) {
@@ -106,11 +115,11 @@ EXPORTED int64_t layer_norm_forward(
  *     sum_grad: [rows, H], the gradient of the residual, and of the branch where nothing is dropped;
  *         null where nobody asks for it.
  *     branch_grad: likewise, where something is dropped; else null.
- *     weight_grads, bias_grads: [parts, H], to be added up. */
+ *     weight_grads, bias_grads, offset_grads: [parts, H], to be added up; the last may be null. */
 EXPORTED int64_t layer_norm_backward(
     const Shape *shape, const void *out_grad, const void *sums, const void *weight,
     const float *means, const float *inverses, void *sum_grad, void *branch_grad,
-    float *weight_grads, float *bias_grads)
+    float *weight_grads, float *bias_grads, float *offset_grads)
 {
     const int64_t width = shape->width, parts = shape->num_parts;
     const int is_bf16 = (int)shape->is_bf16;
@@ -134,6 +143,9 @@ EXPORTED int64_t layer_norm_backward(
             int64_t end = has_memory ? shape->num_rows * (part + 1) / parts : first;
             memset(weight_grad, 0, (size_t)(4 * width));
             memset(bias_grad, 0, (size_t)(4 * width));
+            float *offset_grad = offset_grads ? offset_grads + part * width : NULL;
+            if (offset_grad)
+                memset(offset_grad, 0, (size_t)(4 * width));
             for (int64_t row = first; row < end; row++) {
                 load(grads, out_grad, row * width, width, is_bf16);
                 load(values, sums, row * width, width, is_bf16);
@@ -158,6 +170,9 @@ EXPORTED int64_t layer_norm_backward(
                     drop_out(grads, drawn, shape, row);
                     store(branch_grad, grads, row * width, width, is_bf16);
                 }
+                if (offset_grad)
+                    for (int64_t i = 0; i < width; i++)
+                        offset_grad[i] += grads[i];
             }
         }
         free(memory);

@@ -6,6 +6,12 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#define HAS_PAIRS 1 /* products of pairs of bf16, and rounding to it, are instructions */
+#else
+#define HAS_PAIRS 0
+#endif
 
 #define EXPORTED __attribute__((visibility("default")))
 
@@ -70,7 +76,13 @@ static inline void store(
 {
     if (is_bf16) {
         uint16_t *halves = (uint16_t *)array + first;
-        for (int64_t i = 0; i < number; i++)
+        int64_t i = 0;
+#if HAS_PAIRS
+        for (; i + LANES <= number; i += LANES)
+            _mm256_storeu_si256((__m256i *)(halves + i),
+                                (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(values + i)));
+#endif
+        for (; i < number; i++)
             halves[i] = to_bf16(values[i]);
     } else {
         float *wholes = (float *)array + first;
