@@ -23,8 +23,8 @@ def torch_native(x_XH: Tensor, dense: nn.Linear) -> Tensor:
 def native(x_XH: Tensor, dense: nn.Linear) -> Tensor:
     """The same in C; fp32 and bf16 on CPU only.
 
-    The bias is added where GELU reads what it is added to, in fp32: to a product on a CPU it takes a
-    pass over memory of its own, and so does its gradient.
+    The bias is added where GELU reads what it is added to, in fp32: a product on a CPU takes a pass
+    over memory of its own for it, and so does its gradient.
     """
     wide_XI = F.linear(x_XH, dense.weight)
     out_XI: Tensor = _BiasGelu.apply(wide_XI, dense.bias)  # type: ignore[no-untyped-call]

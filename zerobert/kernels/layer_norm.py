@@ -24,8 +24,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class LayerNorm(Protocol):
-    """The layer norm of `dropout(x)`, or of `residual_XH + dropout(x)`; of `dense(x)` in the place of
-    `x` where there is one.
+    """The layer norm of `dropout(x)`, or of `residual_XH + dropout(x)`; with a dense layer, of
+    `dense(x)` in the place of `x`.
     """
 
     def __call__(
@@ -111,9 +111,7 @@ def native(
     dropout_p: float = 0.0,
     dense: nn.Linear | None = None,
 ) -> Tensor:
-    """The same in C, in one pass over memory each way, the bias of `dense` included; fp32 and bf16 on
-    CPU only.
-    """
+    """The same in C, in one pass over memory each way; fp32 and bf16 on CPU only."""
     from zerobert.kernels import layer_norm_native  # here: what it needs is built at its first use
 
     return layer_norm_native.normalize(x, norm, residual_XH, dropout_p, dense)
