@@ -40,7 +40,8 @@ class _BiasGelu(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        return compiled_kernels.gelu_backward(*ctx.saved_tensors, gradients[0].contiguous())
+        wide_XI, bias_I = ctx.saved_tensors
+        return compiled_kernels.gelu_backward(wide_XI, bias_I, gradients[0].contiguous())
 
 
 IMPLEMENTATIONS: dict[str, Gelu] = {"torch": torch_native, "native": native}
