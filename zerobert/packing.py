@@ -9,8 +9,9 @@ from torch import Tensor
 
 from zerobert.kernels.attention import Packing
 
-# The number of packed tokens is a multiple of the batch's places by this: less than 1 % of a batch
-# is filled up on average, and code is compiled for each number that comes up.
+# The number of packed tokens is a multiple of the batch's places by this: 0.8 % of a batch is
+# filled up where a tenth is padding, and batches of 64 to 256 rows have 6 to 11 numbers, for each
+# of which code is compiled.
 NUM_SHAPES = 64
 
 

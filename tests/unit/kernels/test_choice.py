@@ -42,7 +42,7 @@ def test_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(Kernels(packing=False), CPU, torch.float32, 0.1)["layer norm"] == "native"
     for kernels, dtype in ((Kernels(compile=True), torch.float32), (Kernels(), torch.float16)):
         found = chosen(kernels, CPU, dtype, 0.1)
-        assert (found["attention"], found["layer norm"]) == ("plain", "torch")
+        assert (found["attention"], found["layer norm"], found["GELU"]) == ("plain", *["torch"] * 2)
 
 
 def test_on_a_cpu_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +51,11 @@ def test_on_a_cpu_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(Kernels(), CPU, torch.float32, 0.1)["attention"] == "plain"
     assert chosen(Kernels(), CPU, torch.float32, 0.0)["attention"] == "sdpa"
     assert chosen(Kernels(), CPU, torch.bfloat16, 0.0)["attention"] == "plain"
-    for asked in (Kernels(attention="native"), Kernels(layer_norm="native")):
+    for asked in (
+        Kernels(attention="native"),
+        Kernels(layer_norm="native"),
+        Kernels(gelu="native"),
+    ):
         with pytest.raises(MissingDependencyError, match=r"there is no C compiler.*apt-get"):
             choose(asked, CPU, torch.float32, dropout_p=0.1)
 
@@ -106,6 +110,7 @@ def test_on_cuda_it_depends_on_what_is_installed(
         (Kernels(cross_entropy="chunked"), CUDA, torch.float16, ConfigError, "loss is scaled"),
         (Kernels(attention="native"), CUDA, torch.float32, ConfigError, "on CPU only"),
         (Kernels(layer_norm="native"), CPU, torch.float16, ConfigError, "fp32 and bf16"),
+        (Kernels(gelu="native"), CUDA, torch.float32, ConfigError, "on CPU only"),
         (
             *(Kernels(layer_norm="native", compile=True), CPU, torch.float32),
             *(ConfigError, r"can't go with kernels\.compile"),

@@ -171,6 +171,18 @@ def test_gelu_agrees_in_value_and_gradient(dtype: torch.dtype, error: float) -> 
 
 
 @needs_native
+def test_gelu_is_right_everywhere() -> None:
+    x = torch.linspace(-8, 8, 100_001)[:, None]
+    exact = x.double().requires_grad_()
+    wanted = torch.nn.functional.gelu(exact)
+    (slopes,) = torch.autograd.grad(wanted.sum(), exact)
+    got = native.gelu_forward(x, torch.zeros(1))
+    got_slopes, _ = native.gelu_backward(x, torch.zeros(1), torch.ones_like(x))
+    assert (got - wanted).abs().max() < 1e-6
+    assert (got_slopes - slopes).abs().max() < 1e-6
+
+
+@needs_native
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_layer_norm_adds_the_bias_of_a_dense_layer(dropout_p: float) -> None:
     torch.manual_seed(0)
@@ -267,6 +279,7 @@ def test_layer_norm_drops_the_branch_and_its_gradient_alike() -> None:
 def test_the_number_of_threads_does_not_matter(dtype: torch.dtype) -> None:
     tokens, layout, grad = make_tokens(2, 64, 128, [128, 70, 1, 99], dtype)
     norm, x = nn.LayerNorm(64), torch.randn(100, 64).to(dtype).requires_grad_()
+    dense = nn.Linear(64, 300).to(dtype)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 3):
@@ -274,9 +287,11 @@ def test_the_number_of_threads_does_not_matter(dtype: torch.dtype) -> None:
             torch.manual_seed(5)
             out = attention.native(*tokens, layout, 0.1)
             normal = layer_norm.native(x, norm, None, 0.1)
+            active = gelu.native(x, dense)
             grads = torch.autograd.grad(out, tokens, grad)
             norm_grads = torch.autograd.grad(normal.square().sum(), (x, norm.weight, norm.bias))
-            results.append([out, normal, *grads, *norm_grads])
+            gelu_grads = torch.autograd.grad(active.square().sum(), (x, dense.bias))
+            results.append([out, normal, active, *grads, *norm_grads, *gelu_grads])
     finally:
         torch.set_num_threads(before)
     for one, three in zip(*results, strict=True):
@@ -300,6 +315,18 @@ def test_what_is_no_number_stays_none() -> None:
     normal = layer_norm_native.normalize(x, nn.LayerNorm(64), None, 0.0, None)
     assert normal[0].isnan().any()
     assert not normal[1].isnan().any()
+    for dtype in native.DTYPES:
+        wide = torch.tensor([[float("nan"), float("inf"), -1e30, 1e30, 0.0]], dtype=dtype)
+        bias, ones = torch.zeros(5, dtype=dtype), torch.ones(1, 5, dtype=dtype)
+        (active,), (slopes,) = (
+            native.gelu_forward(wide, bias),
+            native.gelu_backward(wide, bias, ones)[0],
+        )
+        assert active[0].isnan()
+        assert slopes[0].isnan()
+        assert active[1].isinf()
+        assert active[2:].tolist() == pytest.approx([0, wide[0, 3].item(), 0], abs=1e-6)
+        assert slopes[1:].tolist() == pytest.approx([1, 0, 1, 0.5], abs=2e-6)
 
 
 @pytest.mark.parametrize("name", ["gcc", "clang"])
@@ -320,7 +347,7 @@ def test_without_a_compiler_torch_serves_and_the_table_says_why(tmp_path: Path) 
 import torch
 from zerobert.kernels import Kernels, choose
 found = choose(Kernels(), torch.device("cpu"), torch.float32, dropout_p=0.1)
-for op in ("attention", "layer norm"):
+for op in ("attention", "layer norm", "GELU"):
     print(found[op].chosen, "|", found[op].reason)
 """
     variables = {"PATH": "", "CC": "", "XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
@@ -331,10 +358,9 @@ for op in ("attention", "layer norm"):
         text=True,
         check=True,
     )
-    attention_line, norm_line = finished.stdout.splitlines()
-    assert attention_line.startswith("plain |")
-    assert norm_line.startswith("torch |")
-    for line in (attention_line, norm_line):
+    lines = finished.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["plain", "torch", "torch"]
+    for line in lines:
         assert "can't be built (there is no C compiler)" in line
         assert "apt-get install gcc" in line
 
