@@ -24,7 +24,8 @@ def normalize(
     drop = dropout.new_mask(dropout_p)
     x_XH, offset_H = x, None
     if dense is not None:
-        x_XH, offset_H = F.linear(x, dense.weight), dense.bias
+        # The kernel reads all that rows share in one precision.
+        x_XH, offset_H = F.linear(x, dense.weight), dense.bias.to(norm.weight.dtype)
     if residual_XH is not None and residual_XH.dtype != x_XH.dtype:  # under autocast
         dtype = torch.promote_types(x_XH.dtype, residual_XH.dtype)
         x_XH, residual_XH = x_XH.to(dtype), residual_XH.to(dtype)
