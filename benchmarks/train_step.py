@@ -3,10 +3,10 @@
     python benchmarks/train_step.py --size base --dtype bf16 --device cuda
 
 All models have the same weights and get the same batches, in turns within one process. Before
-anything is timed their losses and the gradient of each tensor must be equal, without dropout, and
-compilers have seen each shape. A turn begins with a step that is not timed, for caches and memory
-that others had meanwhile: training has them to itself. The report is written again after each
-round. Ours keeps 16-bit weights with fp32 masters, as under DeepSpeed; the others train under
+anything is timed their losses and the gradient of each tensor must be equal, without dropout. A
+turn begins with a step that is not timed: in it compilers see the shapes of the batches, and caches
+and memory come back from others, as in training they never left. The report is written again after
+each round. Ours keeps 16-bit weights with fp32 masters, as under DeepSpeed; the others train under
 autocast, as their own trainers do. On a GPU ours uses torch's layer norm but where another one is
 named; on a CPU it keeps the memory of freed tensors, as `pretrain` and `finetune` do, and the
 others have glibc's own ways.
@@ -123,13 +123,6 @@ class Contender:
         with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
             loss: Tensor = self.model(batch)
         return loss
-
-    def shape(self, batch: Batch) -> tuple[int, ...]:
-        """What code is compiled for."""
-        if self.num_shapes is None:
-            return tuple(batch["input_ids"].shape)
-        packing = pack(batch["input_mask"], self.num_shapes)
-        return len(packing.places_T), len(packing.cu_seqlens)
 
     def step(self, batches: Sequence[Batch], device: torch.device) -> None:
         """One optimizer step over micro-batches."""
@@ -436,15 +429,6 @@ def limits(
     }
 
 
-def warm_up(contender: Contender, batches: Sequence[Batch], device: torch.device) -> None:
-    """Take a step over a batch of each shape, so that no compiler runs while others are timed."""
-    seen = set()
-    for batch in batches:
-        if (shape := contender.shape(batch)) not in seen:
-            seen.add(shape)
-            contender.step([batch], device)
-
-
 def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Time all contenders in turns, and give what is known after each round."""
     device = torch.device(arguments.device)
@@ -459,19 +443,18 @@ def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         [make_batch(config, *shape, 100 * number + i) for i in range(arguments.accumulation)]
         for number in range(arguments.rounds)
     ]
-    batches = [batch for batches in rounds for batch in batches]
     failed: dict[str, str] = {}
     check_equal(config, arguments, failed)
     print(f"losses and gradients are equal, except: {failed or 'none'}", file=sys.stderr)
-    found = {**limits(config, arguments, batches), "failed": failed}
+    found = {
+        **limits(config, arguments, [batch for batches in rounds for batch in batches]),
+        "failed": failed,
+    }
     contenders: dict[str, Contender] = {}
     for name, make in chosen(config, arguments).items():
         if name not in failed:
             with measure.noting(name, failed):
-                contender = make()
-                if name.endswith("compiled"):
-                    warm_up(contender, batches, device)
-                contenders[name] = contender
+                contenders[name] = make()
     times: dict[str, list[float]] = {name: [] for name in contenders}
     samples = arguments.micro_batch * arguments.accumulation
     for batches in rounds:

@@ -2,12 +2,14 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,16 +74,30 @@ def test_every_contender_takes_steps(dtype: str, monkeypatch: pytest.MonkeyPatch
     assert "| 214 x 128 x 384 |" in train_step.tell(figures, arguments)
 
 
-def test_each_shape_is_compiled_before_it_is_timed() -> None:
-    contender = train_step.Contender(
-        torch.nn.Linear(1, 1), torch.float32, masters=True, num_shapes=8
+def test_each_turn_begins_with_a_step_that_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the same batches, so that no compiler runs in those that are."""
+    seen: list[Any] = []
+    monkeypatch.setitem(train_step.SIZES, "tiny", dataclasses.asdict(CONFIG))
+    monkeypatch.setattr(train_step, "check_equal", lambda *_: None)
+    monkeypatch.setattr(train_step, "limits", lambda *_: {})
+    monkeypatch.setattr(
+        train_step.Contender, "step", lambda self, batches, device: seen.append(batches)
     )
-    taken: list[int] = []
-    contender.step = lambda batches, device: taken.extend(map(len, batches))  # type: ignore
-    batches = [train_step.make_batch(CONFIG, 4, 128, fill, 0) for fill in (1.0, 1.0, 0.6, 0.6)]
-    assert len({contender.shape(batch) for batch in batches}) == 2
-    train_step.warm_up(contender, batches, torch.device("cpu"))
-    assert len(taken) == 2
+    clock = itertools.count()
+
+    def perf_counter() -> int:
+        seen.append("clock")
+        return next(clock)
+
+    monkeypatch.setattr(train_step, "time", SimpleNamespace(perf_counter=perf_counter))
+    changes = {"rounds": 2, "steps": 3, "only": ["zerobert"]}
+    list(train_step.run(argparse.Namespace(**{**STEP, **changes})))
+    one, other = seen[0], seen[6]
+    assert one is not other
+    assert seen == [
+        *(one, "clock", one, one, one, "clock"),
+        *(other, "clock", other, other, other, "clock"),
+    ]
 
 
 def test_the_contenders_that_are_asked_for() -> None:
