@@ -216,20 +216,20 @@ def write_report(
         slug: the hardware in one word.
         arguments: all that was asked for; with `quick` the report goes to where git ignores it.
     """
-    today = datetime.datetime.now(datetime.timezone.utc).date()
+    now = datetime.datetime.now(datetime.timezone.utc)
     folder = QUICK if vars(arguments).get("quick") else HERE
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{theme}_{slug}_{today:%Y%m}.md"
+    path = folder / f"{theme}_{slug}_{now:%Y%m}.md"
     on_gpu = gpu() if str(vars(arguments).get("device", "cpu")).startswith("cuda") else None
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     facts = [
-        f"{today}, {on_gpu + '; ' if on_gpu else ''}{hardware()}, {platform.system()}; {packages}; "
-        f"commit {commit() or 'unknown'}; {_threads()}",
+        f"{now.date()}, {on_gpu + '; ' if on_gpu else ''}{hardware()}, {platform.system()}; "
+        f"{packages}; commit {commit() or 'unknown'}; {_threads()}",
         f"`{command}`",
     ]
     _replace(path, "\n\n".join([f"# {title}", *facts, *sections]) + "\n")
     record = {
-        "date": str(today),
+        "date": now.isoformat(timespec="seconds"),
         "hardware": hardware(),
         "gpu": on_gpu,
         "versions": versions(),

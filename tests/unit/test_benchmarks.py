@@ -339,7 +339,9 @@ def test_the_newest_report_that_has_the_figures_is_told_on_any_hardware(
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     reports: dict[str, dict[str, Any]] = {
         "train_step_epyc2_bf16_128_202611": {"date": "2026-11-01", "base 0.9": 1},
-        "train_step_local_bf16_128_202612": {"date": "2026-12-01", "base 0.9": 2},
+        "train_step_there_bf16_128_202612": {"date": "2026-12-01", "base 0.9": 1},
+        "train_step_old_bf16_128_202612": {"date": "2026-12-01T09:00:00+00:00", "base 0.9": 1},
+        "train_step_local_bf16_128_202612": {"date": "2026-12-01T10:00:00+00:00", "base 0.9": 2},
         "train_step_local_fp32_128_202612": {"date": "2026-12-02", "base 0.9": 3},
         "train_step_other_bf16_128_202612": {"date": "2026-12-03", "mini 0.9": 4},
         "finetuning_it_202611": {"date": "2026-11-01"},
