@@ -111,7 +111,11 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def leave_distributed() -> None:
-    """Leave the process group; at the end of a script."""
+    """Leave the process group; at the end of a script.
+
+    gloo's threads let go of the last collective's tensors when they come to it. Where Python ends
+    meanwhile, they end the process by SIGABRT; this waits for them.
+    """
     if distributed.is_initialized():
         dist.destroy_process_group()
 

@@ -29,6 +29,7 @@ if not __package__:
 from zerobert.errors import (
     ConfigError,
     ConnectionLostError,
+    ZerobertError,
     exit_code,
     print_error,
     run_script,
@@ -304,8 +305,16 @@ def _joined(work: Callable[[StopRequest], int], stop: StopRequest) -> int:
     if not torch.cuda.is_available():
         device.keep_memory()
     engine.init_distributed()
-    with distributed.connected():
-        return work(stop)
+    try:
+        with distributed.connected():
+            code = work(stop)
+    except ConnectionLostError:
+        raise  # to leave would wait for those that are lost
+    except ZerobertError:
+        engine.leave_distributed()
+        raise
+    engine.leave_distributed()
+    return code
 
 
 def _quiet() -> None:
