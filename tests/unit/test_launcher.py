@@ -241,3 +241,32 @@ def test_flags_of_deepspeed_s_launcher_are_handed_to_it() -> None:
     assert split_machines(short) == (["--seed", "1"], short[:6])
     with pytest.raises(ConfigError, match="--hostfile: wanted a value"):
         split_machines(["--hostfile"])
+
+
+LEAVES = """
+from zerobert import distributed, launcher
+from zerobert.errors import ConfigError
+
+def refuse(stop):
+    raise ConfigError("no")
+
+def work(stop):
+    assert distributed.is_initialized()
+    return 0
+
+assert launcher.run_rank(work) == 0
+assert not distributed.is_initialized()
+try:
+    launcher.run_rank(refuse)
+except ConfigError:
+    assert not distributed.is_initialized()
+    print("left twice")
+"""
+
+
+def test_a_process_leaves_its_group_before_python_ends() -> None:
+    """Gloo's threads, where they are left, may end it by SIGABRT."""
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVES], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.stdout == "left twice\n", done.stderr
