@@ -6,6 +6,7 @@ their exit code goes out, and no process stays behind. `run_rank` is the ranks' 
 On several machines the signals go to the ranks of this one, which tell the others.
 """
 
+import atexit
 import contextlib
 import itertools
 import logging
@@ -308,12 +309,12 @@ def _joined(work: Callable[[StopRequest], int], stop: StopRequest) -> int:
     try:
         with distributed.connected():
             code = work(stop)
-    except ConnectionLostError:
-        raise  # to leave would wait for those that are lost
     except ZerobertError:
-        engine.leave_distributed()
+        atexit.register(engine.leave_distributed)
         raise
-    engine.leave_distributed()
+    # Not now: DeepSpeed keeps the group for whatever else this process may start. And not after a
+    # bug in one process, in which others may never hear of what it waits for.
+    atexit.register(engine.leave_distributed)
     return code
 
 
