@@ -7,20 +7,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from zerobert.config import check_keys
 from zerobert.errors import ConfigError
 from zerobert.optim import LambParams
 
-_SECTIONS = (
-    "fp16",
-    "bf16",
-    "torch_autocast",
-    "zero_optimization",
-    "data_types",
-    "checkpoint",
-    "optimizer",
-)
 _PRECISIONS = ("fp16", "bf16", "torch_autocast")
-_UNSERVED = ("autotuning", "compile", "data_efficiency")
+# States are kept and read by ours, and nothing lies on NVMe.
+_UNSERVED = ("aio", "autotuning", "checkpoint", "compile", "data_efficiency")
 _DONE_ELSEWHERE = {
     "activation_checkpointing": 'set "bert": {"kernels": {"activation_checkpointing": true}}',
     "dataloader_drop_last": "remove it: no row is ever dropped",
@@ -52,6 +45,75 @@ _DTYPES = {
     **dict.fromkeys(_BFLOAT16_NAMES, "bf16"),
     **dict.fromkeys(("fp16", "float16", "half", "torch.float16"), "fp16"),
     **dict.fromkeys(("fp32", "float32", "float", "torch.float32"), "fp32"),
+}
+_ZERO_KEYS = frozenset(
+    (
+        "allgather_bucket_size",
+        "allgather_partitions",
+        "compute_grad_norm",
+        "contiguous_gradients",
+        "cpu_offload_use_pin_memory",
+        "elastic_checkpoint",
+        "enable_sanity_checks",
+        "ignore_unused_parameters",
+        "leaf_module",
+        "load_from_fp32_weights",
+        "log_trace_cache_warnings",
+        "memory_efficient_linear",
+        "offload_optimizer",
+        "offload_param",
+        "overlap_comm",
+        "override_module_apply",
+        "parameter_alignment",
+        "pipeline_loading_checkpoint",
+        "reduce_bucket_size",
+        "reduce_scatter",
+        "round_robin_gradients",
+        "save_muon_momentum_buffer_in_memory",
+        "stage",
+        "stage3_allgather_sequential",
+        "stage3_gather_16bit_weights_on_model_save",
+        "stage3_gather_fp16_weights_on_model_save",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_model_persistence_threshold",
+        "stage3_param_persistence_threshold",
+        "stage3_prefetch_bucket_size",
+        "stage3_use_all_reduce_for_fetch_params",
+        "sub_group_size",
+        "use_multi_rank_bucket_allreduce",
+        "zero_hpz_partition_size",
+        *_UNSERVED_ZERO,
+    )
+)
+# The keys of DeepSpeed's sections; half of them it reads without a look at what else is there.
+SECTION_KEYS: dict[str, frozenset[str]] = {
+    "zero_optimization": _ZERO_KEYS,
+    **{
+        name: frozenset(keys.split())
+        for name, keys in {
+            "bf16": "enabled immediate_grad_update check_grad_overflow "
+            "bf16_master_weights_and_grads bf16_optimizer_states",
+            "comet": "enabled samples_log_interval project workspace api_key experiment_name "
+            "experiment_key online mode",
+            "comms_logger": "enabled prof_all prof_ops verbose debug",
+            "csv_monitor": "enabled output_path job_name",
+            "data_types": "grad_accum_dtype",
+            "flops_profiler": "enabled recompute_fwd_factor profile_step module_depth top_modules "
+            "detailed output_file",
+            "fp16": "enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis "
+            "consecutive_hysteresis min_loss_scale fp16_master_weights_and_grads",
+            "tensorboard": "enabled output_path job_name",
+            "timers": "throughput",
+            "timers.throughput": "enabled synchronized",
+            "torch_autocast": "enabled dtype lower_precision_safe_modules",
+            "wandb": "enabled group team project",
+            "zero_optimization.offload_optimizer": "device nvme_path buffer_count pin_memory "
+            "pipeline_read pipeline_write fast_init ratio super_offload cpuadam_cores_perc",
+            "zero_optimization.offload_param": "device nvme_path buffer_count buffer_size "
+            "max_in_cpu pin_memory",
+        }.items()
+    },
 }
 # DeepSpeed's top-level keys for training. It accepts others in silence, misspelt ones too.
 TOP_LEVEL_KEYS = frozenset(
@@ -159,8 +221,6 @@ def check(ds_config: Mapping[str, Any]) -> None:
             raise ConfigError(f"zero_optimization.{name} is not served; remove it")
     for name, lowest in _LOWEST_OFFLOAD_STAGES.items():
         _check_offload(zero.get(name) or {}, f"zero_optimization.{name}", stage, lowest)
-    if ds_config.get("checkpoint", {}).get("load_universal", False):
-        raise ConfigError("checkpoint.load_universal is not served yet; remove it")
     if not zero.get("compute_grad_norm", True):
         raise ConfigError("zero_optimization.compute_grad_norm: false is not served; remove it")
     if ds_config.get("zero_force_ds_cpu_optimizer", False):
@@ -241,9 +301,7 @@ def _check_precision(ds_config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_offload(section: Any, where: str, stage: int, lowest_stage: int) -> None:
-    if not isinstance(section, Mapping):
-        raise ConfigError(f"{where}: wanted an object {{...}}, got {section!r}")
+def _check_offload(section: Mapping[str, Any], where: str, stage: int, lowest_stage: int) -> None:
     device = section.get("device", "none")
     if device == "none":
         return
@@ -272,15 +330,26 @@ def _check_types(ds_config: Mapping[str, Any]) -> None:
     is_number = isinstance(clipping, int | float) and not isinstance(clipping, bool)
     if not is_number or not 0 <= clipping < math.inf:
         raise ConfigError(f"gradient_clipping: wanted a number from 0 on, got {clipping!r}")
-    for name in _SECTIONS:
-        section = ds_config.get(name, {})
-        if not isinstance(section, Mapping):
-            raise ConfigError(f"{name}: wanted an object {{...}}, got {section!r}")
-        if not isinstance(section.get("enabled", False), bool):
-            raise ConfigError(f"{name}.enabled: wanted true or false, got {section['enabled']!r}")
+    for name in ("optimizer", *SECTION_KEYS):
+        _check_section(ds_config, name)
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     if type(stage) is not int:
         raise ConfigError(f"zero_optimization.stage: wanted a number, got {stage!r}")
+
+
+def _check_section(ds_config: Mapping[str, Any], name: str) -> None:
+    """The kind of a section, its keys, and whether it is switched on by a word that is neither."""
+    section: Any = ds_config
+    for key in name.split("."):
+        section = section.get(key, {})
+        if section is None and "." in name:  # DeepSpeed's default for the parts of ZeRO
+            return
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"{name}: wanted an object {{...}}, got {section!r}")
+    if name in SECTION_KEYS:
+        check_keys(section, SECTION_KEYS[name], name)
+    if not isinstance(section.get("enabled", False), bool):
+        raise ConfigError(f"{name}.enabled: wanted true or false, got {section['enabled']!r}")
 
 
 def _find_auto(value: Any, name: str) -> str | None:

@@ -116,7 +116,7 @@ def test_fp16_autocast_is_right_at_stage_0(measured: dict[str, Any]) -> None:
 
 @wrong(
     "ZeRO-3 gives every group the first one's hyperparameters",
-    "served.check need not refuse checkpoint.load_universal at stage 3 for it",
+    "docs/architecture.md need not name it",
 )
 def test_a_universal_checkpoint_keeps_each_groups_decay(measured: dict[str, Any]) -> None:
     assert measured["universal"]["weight decays"] == [0.1, 0.0]  # [0.1, 0.1]
@@ -124,7 +124,7 @@ def test_a_universal_checkpoint_keeps_each_groups_decay(measured: dict[str, Any]
 
 @wrong(
     "ZeRO-3 gives all groups one step counter between them, and each advances it",
-    "served.check need not refuse checkpoint.load_universal at stage 3 for it",
+    "docs/architecture.md need not name it",
 )
 def test_a_universal_checkpoint_keeps_each_groups_step(measured: dict[str, Any]) -> None:
     assert measured["universal"]["step counts"] == [2, 2]  # [3, 3]

@@ -7,6 +7,13 @@ from typing import Any
 
 import deepspeed
 import pytest
+from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.monitor import config as monitor_config
+from deepspeed.runtime import precision_config
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+from deepspeed.runtime.zero import offload_config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 
 from zerobert import served
 from zerobert.config import load_json
@@ -58,7 +65,10 @@ AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
         ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, "wanted an object"),
         ({"zero_optimization": {"stage": 1, "cpu_offload": True}}, "cpu_offload is not served"),
         ({"zero_optimization": {"stage": 4}}, "wanted 0, 1, 2 or 3, got 4"),
-        ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal is not served yet"),
+        *[
+            ({section: {}}, f"{section}: this section is not served")
+            for section in ("aio", "checkpoint")
+        ],
         (
             {"gradient_allreduce_op": "sum"},
             "gradient_allreduce_op: wanted \"mean\", got 'sum', .* larger by the number of ranks",
@@ -139,7 +149,8 @@ def test_each_setting_is_refused_by_name(ds_config: dict[str, Any], message: str
         {"torch_autocast": {"enabled": False, "dtype": "float16"}},
         {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
         {"zero_optimization": {"stage": 1, "round_robin_gradients": False}},
-        {"checkpoint": {"load_universal": False}},
+        {"zero_optimization": {"stage": 1, "offload_optimizer": None, "cpu_offload": False}},
+        {"timers": {"throughput": {"enabled": False}}},
         {"gradient_allreduce_op": "mean", "gradient_predivide_factor": 2.0},
         {"zero_optimization": {"stage": 3}, "gradient_predivide_factor": 1.0},
         {"fp16": {"enabled": False}} | AUTOCAST,
@@ -198,6 +209,38 @@ def test_every_top_level_key_is_one_that_deepspeed_reads() -> None:
     assert "train_batchsize" not in known
 
 
+def test_every_key_of_a_section_is_one_that_deepspeed_reads() -> None:
+    # Of earlier versions, refused by name.
+    gone = {"mics_hierarchical_params_gather", "mics_shard_size", "zeropp_loco_param"}
+    models: dict[str, type[DeepSpeedConfigModel]] = {
+        "bf16": precision_config.DeepSpeedBF16Config,
+        "comet": monitor_config.CometConfig,
+        "comms_logger": CommsLoggerConfig,
+        "csv_monitor": monitor_config.CSVConfig,
+        "fp16": precision_config.DeepSpeedFP16Config,
+        "tensorboard": monitor_config.TensorBoardConfig,
+        "timers.throughput": DeepSpeedThroughputTimerConfig,
+        "wandb": monitor_config.WandbConfig,
+        "zero_optimization": DeepSpeedZeroConfig,
+        "zero_optimization.offload_optimizer": offload_config.DeepSpeedZeroOffloadOptimizerConfig,
+        "zero_optimization.offload_param": offload_config.DeepSpeedZeroOffloadParamConfig,
+    }
+    for name, model in models.items():
+        fields = {field.alias or key for key, field in model.model_fields.items()}
+        assert served.SECTION_KEYS[name] - gone == fields, name
+    known = _constants()
+    for name in set(served.SECTION_KEYS) - set(models):
+        assert served.SECTION_KEYS[name] <= known, name
+
+
+@pytest.mark.parametrize("name", served.SECTION_KEYS)
+def test_a_misspelt_key_of_a_section_is_named(name: str) -> None:
+    outer, _, inner = name.partition(".")
+    misspelt = {"enabld": True}
+    with pytest.raises(ConfigError, match=f"{name}: unknown key 'enabld'"):
+        served.check({outer: {inner: misspelt} if inner else misspelt})
+
+
 def test_the_recipes_have_known_keys_only(repository: Path) -> None:
     recipes = sorted((repository / "ds_configs").glob("*.json"))
     assert recipes
@@ -211,6 +254,8 @@ def test_the_recipes_have_known_keys_only(repository: Path) -> None:
     ("config", "words"),
     [
         ({"fp16": True}, "fp16: wanted an object"),
+        ({"bf16": None}, "bf16: wanted an object"),
+        ({"timers": {"throughput": 0}}, "timers.throughput: wanted an object"),
         ({"zero_optimization": 1}, "zero_optimization: wanted an object"),
         ({"bf16": {"enabled": "False"}}, "bf16.enabled: wanted true or false, got 'False'"),
         ({"zero_optimization": {"stage": "1"}}, "stage: wanted a number, got '1'"),
