@@ -346,7 +346,7 @@ def score_both(
         for name, kind in kinds.items():
             side = kind(prepared, arguments, seed)
             seconds = side.train(split, arguments.num_train_epochs)
-            given = metrics.answers(task, side.answers(dev))
+            given = metrics.rated(task, side.answers(dev))
             scores = {**metrics.score(task, dev.labels, given), "seconds": seconds}
             found[name].append(scores)
             print(f"seed {seed}: {name}: {scores}", file=sys.stderr)

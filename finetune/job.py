@@ -359,7 +359,7 @@ def evaluate(job: Job, forward: Callable[..., torch.Tensor], step: int) -> Evalu
         logits.append(logits_NC)
         losses.append(batches.mean_loss(logits_NC, labels))
         loop.check_finite(losses[-1], step)
-        split_scores = metrics.score(job.task, labels, metrics.answers(job.task, logits_NC))
+        split_scores = metrics.score(job.task, labels, metrics.rated(job.task, logits_NC))
         scores |= {name + split.suffix: value for name, value in split_scores.items()}
     shown = ", ".join(
         f"{name.replace('accuracy', 'accu')}: {value:f}" for name, value in scores.items()

@@ -49,13 +49,20 @@ _METRICS: dict[str, Callable[[Labels, Labels], float]] = {
 _CORRELATIONS = ("matthews", "pearson", "spearman")
 
 
-def answers(task: Task, logits_BC: npt.NDArray[np.float32]) -> Labels:
-    """The class of the greatest logit, or the score, cut to the task's range."""
+def rated(task: Task, logits_BC: npt.NDArray[np.float32]) -> Labels:
+    """What the metrics rate: the class of the greatest logit, or the score as the model gives it,
+    for where all are out of range they may still be in order.
+    """
     if not task.is_regression:
         classes_B: npt.NDArray[np.int64] = logits_BC.argmax(axis=1)
         return classes_B
-    low, high = task.score_range or (-np.inf, np.inf)
-    return logits_BC[:, 0].clip(low, high).astype(np.float32)
+    return logits_BC[:, 0].astype(np.float32)
+
+
+def answers(task: Task, logits_BC: npt.NDArray[np.float32]) -> Labels:
+    """What people and files are told: the class, or the score cut to the task's range."""
+    given = rated(task, logits_BC)
+    return given if task.score_range is None else given.clip(*task.score_range)
 
 
 def probabilities(logits_NC: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

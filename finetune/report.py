@@ -81,7 +81,7 @@ def scores_table(task: Task, dev: Sequence[DevSet], train_labels: Labels | None)
     """Every metric of every dev set, beside a constant answer and PaddleNLP."""
     rows = []
     for each in dev:
-        ours = metrics.score(task, each.labels, metrics.answers(task, each.logits_NC))
+        ours = metrics.score(task, each.labels, metrics.rated(task, each.logits_NC))
         constant: Mapping[str, float] = {}
         if train_labels is not None:
             constant = metrics.majority_scores(task, train_labels, each.labels)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pretrain.guard import GuardConfig
 from zerobert import checkpoint, manifest, schedule, served
 from zerobert.checkpoint import ModelFolder, open_model, version
-from zerobert.config import BertConfig, check_keys, from_dict, load_json
+from zerobert.config import SIZES, BertConfig, check_keys, from_dict, load_json
 from zerobert.ds_config import BatchSizes, batch_sizes, clipping, flatten, override
 from zerobert.ds_scheduler import DeepSpeedScheduler, scheduler_config
 from zerobert.errors import ConfigError
@@ -21,14 +21,12 @@ from zerobert.schedule import ScheduleConfig
 REPOSITORY = Path(__file__).resolve().parents[1]
 PADDLE_JSON = REPOSITORY / "ds_configs" / "paddle_base.json"
 _NO_LIMIT = -1  # PaddleNLP's way to say that epochs alone end the run
-_WEIGHT_SHAPES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "type_vocab_size",
-    "layer_norm_position",
+# What may change in a model that is trained on.
+_FREE_OF_WEIGHTS = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "classifier_dropout",
+    "initializer_range",
 )
 # Names that stand for an architecture with random weights, as they do for PaddleNLP's users.
 KNOWN_NAMES: dict[str, dict[str, Any]] = {
@@ -87,10 +85,12 @@ class RunConfig:
             the folder of a training state, whose moments it takes too.
         eval_steps: 0 evaluates at the end only.
         eval_rows: held-out rows of an evaluation on the way, 0 for all; the last one uses all.
-        keep_states: training states that are kept, counted from the newest; models are all kept.
+        keep_states: training states that are kept, counted from the newest.
+        keep_models: models that are kept, counted from the newest; 0 for all.
         collective_timeout_s: seconds after which a process that does not answer counts as lost: all
             then end with an error, and the same command goes on from the newest state.
-        keep_every_steps: beside those, states of every multiple of this are kept; 0 for none.
+        keep_every_steps: beside those, states and models of every multiple of this are kept; 0 for
+            none.
     """
 
     max_steps: int | None = None
@@ -104,6 +104,7 @@ class RunConfig:
     eval_steps: int = 1000
     eval_rows: int = 10_000
     keep_states: int = 2
+    keep_models: int = 0
     keep_every_steps: int = 0
     collective_timeout_s: float = 600.0
 
@@ -111,9 +112,14 @@ class RunConfig:
         for name in ("logging_steps", "save_steps", "keep_states"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: wanted at least 1, got {getattr(self, name)}")
-        for name in ("eval_steps", "eval_rows", "keep_every_steps", "seed"):
+        for name in ("eval_steps", "eval_rows", "keep_models", "keep_every_steps", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: wanted at least 0, got {getattr(self, name)}")
+        if 0 < self.keep_models < self.keep_states:
+            raise ConfigError(
+                f"keep_models: wanted at least keep_states {self.keep_states}, whose models they "
+                f"are, or 0 for all, got {self.keep_models}"
+            )
         if self.seed >= 2**64:
             raise ConfigError(f"seed: wanted less than 2^64, got {self.seed}")
         if not 1 <= self.collective_timeout_s < math.inf:
@@ -172,12 +178,19 @@ class PretrainConfig:
         """Whether the rate depends on the time budget and not on the number of steps."""
         return self.scheduler is None and self.bert.schedule.by == "time"
 
-    def describe_rate(self) -> str:
-        """The form of the learning rate, for people."""
+    def describe_rate(self, steps: int | None) -> str:
+        """The form of the learning rate, for people, and how high so many steps come where that is
+        less than was asked for.
+        """
         if self.scheduler is not None:
             return f"DeepSpeed's {type(self.scheduler).__name__}"
-        ours = self.bert.schedule
-        return f"{ours.name} by {ours.by}, {self.optimizer.params.lr:g} at its peak"
+        ours, peak = self.bert.schedule, self.optimizer.params.lr
+        said = f"{ours.name} by {ours.by}, {peak:g} at its peak"
+        if ours.by == "time" or steps is None:
+            return said
+        some = range(0, steps, -(-steps // 1000))
+        top = max(schedule.factor(ours, step, total=steps) for step in some)
+        return said if top > 0.9 else f"{said}, of which {steps} steps reach {top:.1%}"
 
     def rate(self, step: int, elapsed_s: float, *, total_steps: int | None) -> float:
         """The learning rate of the update that `step` others and `elapsed_s` went before."""
@@ -216,23 +229,23 @@ class PretrainConfig:
                 f"{source.path} was made for {source.config.vocab_size} words, the shards' "
                 f"vocabulary has {vocab_size}: use shards made with its vocab.txt"
             )
-        if not self.bert.model:
-            return source.config
-        sizes = {**self.bert.model, "vocab_size": source.config.vocab_size}
-        asked = BertConfig.from_size(sizes, "bert.model")
-        free = {name for name in self.bert.model if "dropout" in name}
+        kept = dataclasses.asdict(source.config)
+        given = {**self.bert.model}
+        if given.get("vocab_size") == vocab_size:  # the weights' own may be padded
+            del given["vocab_size"]
+        sizes = SIZES.get(str(given.get("size")), {})
+        asked = BertConfig.from_size({**kept, **sizes, **given}, "bert.model")
         changed = [
-            f"{field.name} {getattr(asked, field.name)} (the weights: {kept})"
-            for field in dataclasses.fields(BertConfig)
-            if field.name in _WEIGHT_SHAPES
-            and getattr(asked, field.name) != (kept := getattr(source.config, field.name))
+            f"{name} {value} (the weights: {kept[name]})"
+            for name, value in dataclasses.asdict(asked).items()
+            if name not in _FREE_OF_WEIGHTS and value != kept[name]
         ]
         if changed:
             raise ConfigError(
                 f"bert.model asks for {', '.join(changed)}; {source.path} can't start such a "
-                "model: leave its sizes out of bert.model, and the folder's are taken"
+                "model: leave them out of bert.model, and the folder's are taken"
             )
-        return dataclasses.replace(source.config, **{name: getattr(asked, name) for name in free})
+        return asked
 
 
 def resolve(args: argparse.Namespace) -> PretrainConfig:
@@ -375,11 +388,11 @@ def _named_model(bert: BertSection, name: str | None) -> BertSection:
     if name is None:
         return bert
     if Path(name).is_dir():
-        return dataclasses.replace(
-            bert, model={}, run=dataclasses.replace(bert.run, init_from=name)
-        )
+        return dataclasses.replace(bert, run=dataclasses.replace(bert.run, init_from=name))
     if name in KNOWN_NAMES:
-        return dataclasses.replace(bert, model=KNOWN_NAMES[name])
+        sizes = SIZES[KNOWN_NAMES[name]["size"]]
+        rest = {key: value for key, value in bert.model.items() if key not in sizes}
+        return dataclasses.replace(bert, model={**rest, **KNOWN_NAMES[name]})
     raise ConfigError(
         f"--model_name_or_path: {name!r} is neither a folder nor one of {', '.join(KNOWN_NAMES)}; "
         "to start from a hub model's weights use --init_from"
@@ -419,7 +432,8 @@ def total_steps(run: RunConfig, num_rows: int, global_samples: int) -> int | Non
         limits.append(math.ceil(run.num_train_epochs * num_rows / global_samples))
     if not limits and run.max_train_s is None:
         raise ConfigError(
-            "how long? give --max_steps or --num_train_epochs, or bert.run in the JSON"
+            "how long? give --max_steps, --num_train_epochs, --max_samples or --max_train_s, or "
+            "bert.run in the JSON"
         )
     return min(limits, default=None)
 
@@ -451,6 +465,7 @@ _FREE = (
     "bert.run.eval_steps",
     "bert.run.eval_rows",
     "bert.run.keep_states",
+    "bert.run.keep_models",
     "bert.run.keep_every_steps",
     "bert.run.collective_timeout_s",
     "bert.run.init_from",  # by its weights, wherever they lie
@@ -472,14 +487,20 @@ def identity(
 ) -> dict[str, Any]:
     """What makes a run this run, as flat `section.key` -> value; a resumed run agrees in all.
 
-    Of the limits of its length it is the one that the rate depends on.
+    Of the limits of its length it is the one that the rate depends on: none for DeepSpeed's, and
+    for a constant one whose warm-up is told in steps.
     """
-    by_time = resolved["bert"].get("schedule", {}).get("by") == "time"
+    rate = resolved["bert"].get("schedule")
+    by_time = rate is not None and rate["by"] == "time"
+    is_free = rate is None or (
+        rate["name"] == "constant"
+        and (rate["warmup_steps"] is not None or not rate["warmup_proportion"])
+    )
     return {
         **flatten(resolved, leaving_out=_FREE),
         **flatten(data, "data"),
-        "total_steps": None if by_time else steps,
-        "max_train_s": resolved["bert"]["run"]["max_train_s"] if by_time else None,
+        "total_steps": None if by_time or is_free else steps,
+        "max_train_s": resolved["bert"]["run"]["max_train_s"] if by_time and not is_free else None,
         "train_batch_size": sizes.global_samples,
         "init_from_sha256": version(init_from.path) if init_from else None,
     }

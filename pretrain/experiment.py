@@ -21,7 +21,15 @@ from zerobert.device import slow_precision
 from zerobert.ds_config import BatchSizes, batch_sizes
 from zerobert.errors import ConfigError
 from zerobert.model import BertForPreTraining, num_parameters, training_flops_per_sequence
-from zerobert.shards import ShardInfo, find_shards, shard_lower_case, shard_vocabulary
+from zerobert.shards import (
+    VOCAB_NAME,
+    ShardInfo,
+    empty_arrays,
+    find_shards,
+    read_rows,
+    shard_lower_case,
+    shard_vocabulary,
+)
 from zerobert.tokenizer import WordPieceTokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,6 +98,19 @@ class Experiment:
         )
         return self.sizes.micro_samples * sample
 
+    def _describe_saves(self) -> str:
+        """What the run leaves on the disk: models are fp32, and states hold two moments beside."""
+        run = self.config.bert.run
+        model_gb, state_gb = 4e-9 * self.parameters, 12e-9 * self.parameters
+        if self.steps is None or run.keep_every_steps:
+            return f"{model_gb:.2g} GB a model, {state_gb:.2g} GB a state"
+        saves = -(-self.steps // run.save_steps)
+        models, states = min(saves, run.keep_models or saves), min(saves, run.keep_states)
+        return (
+            f"{models * model_gb + states * state_gb:.2g} GB in the end = models, {models} x "
+            f"{model_gb:.2g}, and states, {states} x {state_gb:.2g}"
+        )
+
     def facts(self) -> dict[str, str]:
         """The size of the undertaking, for `--dry_run` and the first lines of a run."""
         low = served.precision(self.config.deepspeed)
@@ -113,12 +134,13 @@ class Experiment:
             "length": f"{self.length}; {data}",
             "vocabulary": f"{len(words.vocab):,} tokens of "
             f"{'lower-cased' if words.do_lower_case else 'cased'} text",
-            "learning rate": self.config.describe_rate(),
+            "learning rate": self.config.describe_rate(self.steps),
             "weights, gradients and optimizer": f"{self.state_bytes / 2**30:.2f} GiB a process, "
             f"ZeRO stage {stage}, {low}",
             "a micro-batch": f"{self.micro_batch_bytes / 2**30:.2f} GiB beside them, with fused "
             "attention",
             "FLOPs a step": f"{flops:.3g}",
+            "on the disk": self._describe_saves(),
         }
 
 
@@ -147,6 +169,7 @@ def prepare(args: argparse.Namespace, *, micro_samples: int | None = None) -> Ex
         engine.check_device(config.deepspeed)
     held_out_folders = [Path(eval_dir)] if eval_dir else []
     tokenizer, inputs = _vocabulary(config, [*folders, *held_out_folders], training)
+    _check_vocabulary([*training, *held_out], tokenizer)
     model = config.model(len(tokenizer.vocab))
     _check_positions(config, model.max_position_embeddings, training[0].seq_length)
     output_dir = Path(args.output_dir or Path("runs") / config.name)
@@ -182,6 +205,7 @@ def prepare(args: argparse.Namespace, *, micro_samples: int | None = None) -> Ex
             inputs=inputs,
             micro_samples=sizes.micro_samples,
             keep_states=config.bert.run.keep_states,
+            keep_models=config.bert.run.keep_models,
             keep_every_steps=config.bert.run.keep_every_steps,
         ),
         sizes=sizes,
@@ -341,6 +365,31 @@ def _vocabulary(
             path = folder / manifest.MANIFEST_NAME
             inputs[str(path)] = manifest.sha256_file(path)
     return tokenizer, inputs
+
+
+def _check_vocabulary(shards: list[ShardInfo], tokenizer: WordPieceTokenizer) -> None:
+    """Hold each folder's shards against the vocabulary: by their manifest, or where they have none
+    by what their first row begins with.
+
+    Raises:
+        ConfigError: the shards were made with other words.
+    """
+    for folder, shard in {shard.path.parent: shard for shard in reversed(shards)}.items():
+        made_with = None
+        if manifest.is_complete(folder):
+            made_with = manifest.read_manifest(folder).inputs.get(VOCAB_NAME)
+        if made_with is None:
+            arrays = empty_arrays(shard, 1)
+            read_rows(shard, {0: arrays})
+            is_other = arrays["input_ids"][0, 0] != tokenizer.cls_id
+        else:
+            is_other = made_with != tokenizer.sha256
+        if is_other:
+            raise ConfigError(
+                f"the shards in {folder} were made with another vocabulary than the one of "
+                f"{len(tokenizer.vocab)} words that is used; name theirs by --vocab_file, or name "
+                "folders of one vocabulary"
+            )
 
 
 def _check_words(

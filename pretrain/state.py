@@ -71,6 +71,7 @@ class RunFolder:
     inputs: Mapping[str, str]
     micro_samples: int
     keep_states: int
+    keep_models: int = 0
     keep_every_steps: int = 0
 
 
@@ -221,24 +222,28 @@ def _save_model(weights: Mapping[str, Tensor], state: TrainState, run: RunFolder
 
 
 def _prune(run: RunFolder) -> None:
-    for folder in _states(run.path)[run.keep_states :]:
+    models = sorted(_numbered(run.path, "model"), key=_named_step, reverse=True)
+    old = models[run.keep_models :] if run.keep_models else []
+    for folder in [*_states(run.path)[run.keep_states :], *old]:
         if not run.keep_every_steps or _named_step(folder) % run.keep_every_steps:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _states(path: Path) -> list[Path]:
     """Complete states, newest first."""
-    found = [
-        folder
-        for folder in path.glob("state_*")
-        if re.fullmatch(r"state_\d+", folder.name) and manifest.is_complete(folder)
-    ]
+    found = filter(manifest.is_complete, _numbered(path, "state"))
     return sorted(found, key=_named_step, reverse=True)
 
 
+def _numbered(path: Path, kind: str) -> list[Path]:
+    """The folders `<kind>_<step>` of a run."""
+    names = re.compile(rf"{kind}_\d+")
+    return [folder for folder in path.glob(f"{kind}_*") if names.fullmatch(folder.name)]
+
+
 def _named_step(folder: Path) -> int:
-    """The step of a state of this run's, which may be damaged inside."""
-    return int(folder.name.removeprefix("state_"))
+    """The step of a state or a model of this run's, which may be damaged inside."""
+    return int(folder.name.rpartition("_")[2])
 
 
 def find_state(path: Path, resume: str) -> Path | None:
@@ -350,14 +355,14 @@ def claim(path: Path) -> None:
 
 
 def supersede(path: Path, resumed: Path | None) -> None:
-    """Make the state that a run goes on from its newest: those beyond it are renamed, and what was
-    to be skipped behind them is forgotten.
+    """Make the state that a run goes on from its newest: those beyond it are renamed as their
+    models are, and what was to be skipped behind them is forgotten.
 
     Args:
         resumed: None where the run begins.
     """
     step = -1 if resumed is None else saved_step(resumed)
-    for folder in _states(path):
+    for folder in [*_states(path), *_numbered(path, "model")]:
         if _named_step(folder) > step:
             with manifest.writing(folder):
                 folder.rename(_free_name(path / f"superseded-{folder.name}"))

@@ -279,7 +279,8 @@ def _finish(run: Experiment, code: int, step: int) -> None:
     if code:
         how = f"stopped at step {step} of {run.length}; the same command goes on"
     model = path / f"model_{step}"
-    _say(f"{how}; model: {model if model.is_dir() else 'none yet'}; curves: {page}")
+    lacking = "none yet" if code else "none, it was removed"
+    _say(f"{how}; model: {model if model.is_dir() else lacking}; curves: {page}")
 
 
 def _held_out(run: Experiment, everything: bool) -> Iterator[tuple[dict[str, Tensor], bool]]:

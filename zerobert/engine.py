@@ -26,7 +26,6 @@ from zerobert.errors import (
     CheckpointError,
     ConfigError,
     ConnectionLostError,
-    MissingDependencyError,
     TrainingDivergedError,
 )
 from zerobert.kernels.lamb import square
@@ -198,10 +197,6 @@ class Engine:
                 self._engine, *_ = deepspeed.initialize(
                     model=model, optimizer=optimizer, config=config
                 )
-            except ImportError as error:
-                raise MissingDependencyError(
-                    f"the configuration's DeepSpeed keys need a package: {_in_one_line(error)}"
-                ) from error
             except _REFUSALS as error:
                 raise ConfigError(
                     f"DeepSpeed refuses the configuration: {_in_one_line(error)}"

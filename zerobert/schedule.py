@@ -80,6 +80,7 @@ class ScheduleConfig:
             for field in dataclasses.fields(self)
             if (field.name.startswith("decay_") and self.name != "wsd")
             or (field.name == "min_lr_ratio" and self.name == "constant")
+            or (field.name == "degree" and not self.name.endswith("polynomial"))
             if getattr(self, field.name) != field.default
         ]
         if strange:

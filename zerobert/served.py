@@ -19,6 +19,18 @@ _DONE_ELSEWHERE = {
     "dataloader_drop_last": "remove it: no row is ever dropped",
     "seed": 'set "bert": {"run": {"seed": ...}} or give --seed',
 }
+# They would be told the learning rate alone.
+_MONITORS = ("comet", "csv_monitor", "tensorboard", "wandb")
+_BOOLEANS = (
+    "disable_allgather",
+    "disable_python_gc",
+    "dump_state",
+    "memory_breakdown",
+    "prescale_gradients",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+)
 # Parts of ZeRO that round what is sent, place shards in another way or replace the optimizer.
 _UNSERVED_ZERO = (
     "zero_quantized_weights",
@@ -327,11 +339,25 @@ def _check_types(ds_config: Mapping[str, Any]) -> None:
         if name in ds_config:
             raise ConfigError(f"{name}: this section is not served and would do nothing; remove it")
     clipping = ds_config.get("gradient_clipping", 0.0)
-    is_number = isinstance(clipping, int | float) and not isinstance(clipping, bool)
-    if not is_number or not 0 <= clipping < math.inf:
+    if type(clipping) not in (int, float) or not 0 <= clipping < math.inf:
         raise ConfigError(f"gradient_clipping: wanted a number from 0 on, got {clipping!r}")
+    factor = ds_config.get("gradient_predivide_factor", 1.0)
+    if type(factor) not in (int, float) or not 0 < factor < math.inf:
+        raise ConfigError(f"gradient_predivide_factor: wanted a number above 0, got {factor!r}")
+    steps = ds_config.get("steps_per_print", 1)
+    if type(steps) is not int or steps < 1:
+        raise ConfigError(f"steps_per_print: wanted a whole number from 1 on, got {steps!r}")
+    for name in _BOOLEANS:
+        if not isinstance(ds_config.get(name, False), bool):
+            raise ConfigError(f"{name}: wanted true or false, got {ds_config[name]!r}")
     for name in ("optimizer", *SECTION_KEYS):
         _check_section(ds_config, name)
+    for name in _MONITORS:
+        if ds_config.get(name, {}).get("enabled", False):
+            raise ConfigError(
+                f"{name}: DeepSpeed's monitors are not served; remove the section: a run writes "
+                "metrics.jsonl and report.html, and --tracker wandb follows it in W&B"
+            )
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     if type(stage) is not int:
         raise ConfigError(f"zero_optimization.stage: wanted a number, got {stage!r}")

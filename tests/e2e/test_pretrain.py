@@ -24,7 +24,7 @@ from deepspeed.accelerator import get_accelerator
 from pretrain.order import sample_order
 from tests import toy_runs as toy
 from tests.wandb_server import serve_wandb
-from zerobert.manifest import read_manifest
+from zerobert.manifest import read_manifest, write_manifest
 from zerobert.schedule import ScheduleConfig, factor
 from zerobert.shards import find_shards, write_shard
 from zerobert.tracking import code_version, read_metrics
@@ -337,6 +337,8 @@ BREAKS: dict[str, tuple[list[str], str]] = {
     "no such JSON": (["--deepspeed_config", "nowhere.json"], "nowhere.json: no such file"),
     "a misspelt key": (["--deepspeed_config", "{misspelt}"], "'grad_cliping'.*gradient_clipping"),
     "another vocabulary": (["--vocab_file", "{other}"], "is not the vocabulary of the shards"),
+    "rows of another vocabulary": (["--input_dir", "{strange}"], "made with another vocabulary"),
+    "shards of another vocabulary": (["--eval_dir", "{made}"], "made with another vocabulary"),
     "another model": (["--init_from", "{model}"], "model_type 'bert', got 'gpt2'"),
     "a wrong flag": (["--max_step", "x"], "--help"),
     "other predictions": (["--max_predictions_per_seq", "20"], "were made with 3"),
@@ -357,12 +359,19 @@ def test_bad_input_is_one_line(data: Path, tmp_path: Path, case: str) -> None:
     nvme = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}
     (tmp_path / "nvme").write_text(json.dumps({**toy.EXPERIMENT, **nvme}))
     (tmp_path / "other").write_text("\n".join([*toy.VOCAB, "more"]) + "\n")
+    rows = toy.rows(4, 0)
+    (tmp_path / "made").mkdir()
+    write_shard(tmp_path / "made" / "test.hdf5", rows)
+    hashes = {"vocab.txt": 64 * "0"}
+    write_manifest(tmp_path / "made", kind="shards", config={}, inputs=hashes)
+    (tmp_path / "strange").mkdir()
+    rows["input_ids"][:, 0] = 7
+    write_shard(tmp_path / "strange" / "train.hdf5", rows)
     flags, words = BREAKS[case]
-    names = {name: str(tmp_path / name) for name in ("empty", "model", "misspelt", "nvme", "other")}
-    flags = [flag.format(**names) for flag in flags]
+    flags = [flag.format(**{path.name: path for path in tmp_path.iterdir()}) for flag in flags]
     command = [sys.executable, str(toy.RUN), "--output_dir", str(tmp_path / "out")]
     command += ["--deepspeed_config", str(data / "toy.json")]
-    if "--input_dir" not in flags:
+    if flags[:1] != ["--input_dir"] or case.startswith("rows"):
         command += ["--input_dir", str(data)]
     done = toy.run([*command, *flags])
     assert done.returncode == 2, done.stderr

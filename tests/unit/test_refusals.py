@@ -1,12 +1,9 @@
 """What DeepSpeed refuses is one line; gradients that are no numbers are left out or end the run."""
 
-import importlib.util
 import json
 import math
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from tests.conftest import REPOSITORY
 from tests.ranks import run_ranks
@@ -47,15 +44,6 @@ def test_what_deepspeed_refuses_is_one_line(tmp_path: Path) -> None:
         assert message.startswith("DeepSpeed refuses the configuration: ")
         assert words in message
         assert "\n" not in message
-
-
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="is installed")
-def test_a_monitor_whose_package_is_missing_is_one_line(tmp_path: Path) -> None:
-    (finding,) = run([{"tensorboard": {"enabled": True}}], tmp_path)
-    name, message = finding["error"]
-    assert name == "MissingDependencyError"
-    assert "tensorboard" in message
-    assert "\n" not in message
 
 
 def test_a_static_loss_scale_may_fit_or_end_the_run(tmp_path: Path) -> None:

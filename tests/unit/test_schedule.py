@@ -224,6 +224,10 @@ def test_after_the_last_step_the_floor_is_left(name: str, floor: float) -> None:
             "decay_type: schedule cosine has none; remove it",
         ),
         (
+            {"name": "linear", "degree": 0.5},
+            "degree: schedule linear has none; remove it",
+        ),
+        (
             {"name": "constant", "min_lr_ratio": 0.1},
             "min_lr_ratio: schedule constant has none; remove it",
         ),

@@ -150,7 +150,8 @@ def test_each_setting_is_refused_by_name(ds_config: dict[str, Any], message: str
         {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
         {"zero_optimization": {"stage": 1, "round_robin_gradients": False}},
         {"zero_optimization": {"stage": 1, "offload_optimizer": None, "cpu_offload": False}},
-        {"timers": {"throughput": {"enabled": False}}},
+        {"timers": {"throughput": {"enabled": False}}, "tensorboard": {"enabled": False}},
+        {"steps_per_print": 10, "prescale_gradients": False},
         {"gradient_allreduce_op": "mean", "gradient_predivide_factor": 2.0},
         {"zero_optimization": {"stage": 3}, "gradient_predivide_factor": 1.0},
         {"fp16": {"enabled": False}} | AUTOCAST,
@@ -273,6 +274,10 @@ def test_a_section_of_the_wrong_kind_is_named(config: dict[str, Any], words: str
     [
         ({"gradient_clipping": "auto"}, 'gradient_clipping is "auto"'),
         ({"fp16": {"enabled": "auto"}}, 'fp16.enabled is "auto"'),
+        ({"steps_per_print": 0}, "steps_per_print: wanted a whole number from 1 on, got 0"),
+        ({"gradient_predivide_factor": 0}, "gradient_predivide_factor: wanted a number above 0"),
+        ({"prescale_gradients": "no"}, "prescale_gradients: wanted true or false, got 'no'"),
+        ({"wandb": {"enabled": True}}, "wandb: DeepSpeed's monitors .* --tracker wandb"),
         ({"gradient_clipping": -1}, "gradient_clipping: wanted a number from 0 on"),
         ({"gradient_clipping": float("nan")}, "gradient_clipping: wanted a number from 0 on"),
         (

@@ -56,6 +56,8 @@ def test_answers_are_the_greatest_logit_or_a_score_in_range() -> None:
     assert metrics.answers(find_task("mnli"), logits).tolist() == [1, 0]
     scores = np.array([[-0.5], [2.5], [7.0]], np.float32)
     assert metrics.answers(find_task("stsb"), scores).tolist() == [0.0, 2.5, 5.0]
+    assert metrics.rated(find_task("stsb"), scores).tolist() == [-0.5, 2.5, 7.0]
+    assert metrics.rated(find_task("mnli"), logits).tolist() == [1, 0]
     own = custom_task(
         train_file=Path("a"),
         dev_file=Path("b"),

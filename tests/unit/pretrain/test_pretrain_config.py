@@ -250,6 +250,10 @@ def test_a_known_name_is_an_architecture_with_random_weights(tmp_path: Path, nam
     assert got.init_from is None
     layers = 24 if "large" in name else 12
     assert got.model(30522).num_hidden_layers == layers
+    raw = {"bert": {"model": {"hidden_size": 32, "hidden_dropout_prob": 0.3}}}
+    model = resolved(tmp_path, raw, "--model_name_or_path", name).model(30522)
+    assert (model.num_hidden_layers, model.hidden_dropout_prob) == (layers, 0.3)
+    assert model.hidden_size > 32
 
 
 def test_an_unknown_name_is_refused_with_the_way_to_a_hub_model() -> None:
@@ -470,7 +474,7 @@ def test_the_earliest_limit_ends_the_run(limits: dict[str, Any], steps: int | No
 
 
 def test_no_limit_at_all_is_a_question() -> None:
-    with pytest.raises(ConfigError, match=r"how long\? give --max_steps or --num_train_epochs"):
+    with pytest.raises(ConfigError, match=r"how long\? give --max_steps, --num_train_epochs,"):
         total_steps(RunConfig(), num_rows=100, global_samples=10)
 
 
@@ -489,8 +493,17 @@ def test_initial_weights_keep_their_architecture(tmp_path: Path) -> None:
     assert model({}) == config
     changed = model({"size": "tiny", "hidden_dropout_prob": 0.2})
     assert changed == dataclasses.replace(config, hidden_dropout_prob=0.2)
-    with pytest.raises(ConfigError, match="asks for hidden_size 768"):
-        model({"size": "base"})
+    free = {"attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.3}  # and no size
+    assert model(free) == dataclasses.replace(config, **free)
+    assert model({"layer_norm_eps": 1e-12, "hidden_size": 128, "vocab_size": 7}) == config
+    for section, words in (
+        ({"size": "base"}, "hidden_size 768"),
+        ({"layer_norm_eps": 1e-5}, "layer_norm_eps 1e-05"),
+        ({"pad_token_id": 3}, "pad_token_id 3"),
+        ({"vocab_size": 6}, "vocab_size 6"),
+    ):
+        with pytest.raises(ConfigError, match=f"asks for .*{words}"):
+            model(section)
 
 
 def identity_of(
@@ -549,6 +562,28 @@ def test_the_micro_batch_that_is_found_keeps_the_global_batch(
 def test_a_resumed_run_may_change_this(tmp_path: Path, flags: str) -> None:
     before = identity_of(resolved(tmp_path, BASE))
     check_same_run(before, identity_of(resolved(tmp_path, BASE, *flags.split())), "state_3")
+
+
+@pytest.mark.parametrize(
+    "rate",
+    [
+        {"bert": {**BASE["bert"], "schedule": {"name": "constant", "warmup_steps": 5}}},
+        {"bert": {**BASE["bert"], "schedule": {"name": "constant"}}},
+        {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 100}}},
+    ],
+)
+def test_a_rate_that_no_length_changes_can_be_trained_on(
+    tmp_path: Path, rate: dict[str, Any]
+) -> None:
+    config = resolved(tmp_path, {**BASE, **rate})
+    check_same_run(identity_of(config, steps=50), identity_of(config, steps=80), "state_3")
+
+
+def test_a_warm_up_that_is_a_share_of_the_run_fixes_its_length(tmp_path: Path) -> None:
+    schedule = {"name": "constant", "warmup_proportion": 0.1}
+    config = resolved(tmp_path, {**BASE, "bert": {**BASE["bert"], "schedule": schedule}})
+    with pytest.raises(ConfigError, match="total_steps was 50, is 80"):
+        check_same_run(identity_of(config, steps=50), identity_of(config, steps=80), "state_3")
 
 
 def test_a_resumed_run_may_change_processes_and_zero_stage(tmp_path: Path) -> None:

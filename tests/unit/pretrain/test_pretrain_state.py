@@ -56,6 +56,7 @@ def make_run(
     path: Path,
     *,
     keep_states: int = 2,
+    keep_models: int = 0,
     keep_every_steps: int = 0,
     micro_samples: int = 4,
     **identity: object,
@@ -69,13 +70,14 @@ def make_run(
         inputs={"vocab.txt": "ab"},
         micro_samples=micro_samples,
         keep_states=keep_states,
+        keep_models=keep_models,
         keep_every_steps=keep_every_steps,
     )
 
 
-def save_steps(path: Path, *steps: int, keep_states: int = 10, keep_every_steps: int = 0) -> None:
+def save_steps(path: Path, *steps: int, keep_states: int = 10, **kept: int) -> None:
     engine: Any = FakeEngine()
-    saver = Saver(make_run(path, keep_states=keep_states, keep_every_steps=keep_every_steps))
+    saver = Saver(make_run(path, keep_states=keep_states, **kept))
     for step in steps:
         samples = 4 * step
         state = TrainState(
@@ -240,6 +242,14 @@ def test_states_of_every_so_many_steps_are_kept_beside_the_newest(tmp_path: Path
     ]
 
 
+def test_models_are_kept_as_asked_for(tmp_path: Path) -> None:
+    kept = {"keep_states": 2, "keep_models": 3, "keep_every_steps": 4}
+    save_steps(tmp_path, 2, 4, 6, 8, 10, 12, 14, 16, **kept)
+    assert {name for name in folders(tmp_path) if "model" in name} == {
+        *("model_4", "model_8", "model_12", "model_14", "model_16")
+    }
+
+
 def go_back(path: Path, num_states: int) -> Path | None:
     saver = Saver(make_run(path))
     wrong = TrainState(step=10, samples=40, position=40)
@@ -395,11 +405,16 @@ def test_a_folder_in_use_is_refused_and_leftovers_go(tmp_path: Path) -> None:
         run_state.claim(run)
 
 
-def test_states_beyond_the_resumed_one_are_renamed(tmp_path: Path) -> None:
+def test_states_beyond_the_resumed_one_are_renamed_and_their_models(tmp_path: Path) -> None:
     save_steps(tmp_path, 3, 6, 9)
+    shutil.rmtree(tmp_path / "state_9")
+    (tmp_path / "model_9" / "notes.txt").write_text("mine")
     run_state.supersede(tmp_path, tmp_path / "state_3")
-    names = sorted(path.name for path in tmp_path.glob("*state_*"))
-    assert names == ["state_3", "superseded-state_6", "superseded-state_9"]
+    names = sorted(path.name for path in tmp_path.glob("*_*"))
+    assert names == [
+        *("model_3", "state_3", "superseded-model_6", "superseded-model_9", "superseded-state_6")
+    ]
+    assert (tmp_path / "superseded-model_9" / "notes.txt").read_text() == "mine"
     assert find_state(tmp_path, "auto") == tmp_path / "state_3"
     assert (tmp_path / "latest").read_text() == "state_3\n"
 

@@ -60,6 +60,7 @@ def shrink(raw: dict[str, Any]) -> dict[str, Any]:
 def write_rows(path: Path, num_rows: int) -> None:
     generator = np.random.default_rng(0)
     ids = generator.integers(len(SPECIAL_TOKENS), len(VOCAB), (num_rows, 16))
+    ids[:, 0] = VOCAB.index("[CLS]")
     positions = np.tile([2, 5, 0], (num_rows, 1))
     rows = {
         "input_ids": ids.astype("i4"),
@@ -181,6 +182,22 @@ def test_a_slow_precision_is_a_line_of_the_header(
     flags = ["--deepspeed_config", str(folder / "shrunk" / "bert_base.json")]
     flags += ["--input_dir", str(folder / "shards"), "--precision", "bf16"]
     assert experiment.prepare(parse_args(flags)).facts()["warning"] == "bf16 is slow here"
+
+
+def test_the_header_tells_what_a_run_leaves_and_how_high_its_rate_comes(folder: Path) -> None:
+    flags = ["--deepspeed_config", str(folder / "shrunk" / "bert_base.json")]
+    flags += ["--input_dir", str(folder / "shards"), "--max_steps", "10", "--save_steps", "4"]
+    flags += ["--precision", "fp32"]
+    run = experiment.prepare(parse_args([*flags, "--warmup_steps", "100"]))
+    facts = run.facts()
+    model, state = (f"{each * run.parameters:.2g}" for each in (4e-9, 12e-9))
+    total = f"{(3 * 4e-9 + 2 * 12e-9) * run.parameters:.2g}"
+    assert facts["on the disk"] == (
+        f"{total} GB in the end = models, 3 x {model}, and states, 2 x {state}"
+    )
+    assert facts["learning rate"].endswith("at its peak, of which 10 steps reach 10.0%")
+    reached = experiment.prepare(parse_args([*flags, "--warmup_steps", "1"])).facts()
+    assert reached["learning rate"].endswith("at its peak")
 
 
 @pytest.mark.parametrize("name", RECIPES)
