@@ -257,6 +257,8 @@ def new_clock() -> Any:
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             assert self.started is not None
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             self.seconds = time.perf_counter() - self.started
 
     return Clock()

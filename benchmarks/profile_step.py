@@ -30,8 +30,8 @@ from zerobert.model import BertForPreTraining  # noqa: E402
 CATEGORIES = {
     "attention": r"flash|fmha|attention|sdpa",
     "matrix products": r"gemm|cublas|cutlass|nvjet|addmm|::mm\b|bmm|linear|matmul",
-    "optimizer": r"adam|multi_tensor|foreach|lamb",
-    "layer norm": r"layer_?norm",
+    "optimizer": r"adam|multi_tensor|foreach|lamb(?!da)",
+    "layer norm": r"layer_?norm|gammabeta",
     "softmax and loss": r"softmax|nll|cross_entropy",
     "copies": r"memcpy|memset|copy|cat|index|gather|scatter|fill|zero_",
     "element by element": "",

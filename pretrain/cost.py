@@ -9,6 +9,8 @@ Symbols: S sequence, H hidden, N heads, P predictions, V vocabulary, L layers.
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from pretrain import footprint
 from zerobert.config import BertConfig
@@ -143,6 +145,7 @@ class Run:
         fill: the share of tokens that are no padding; what is left out is not computed.
         optimizer: `Lamb` or `AdamW`.
         overlaps: gradients are sent while the backward pass goes on.
+        zero: the JSON's `zero_optimization`, for the size of DeepSpeed's buffers.
     """
 
     model: BertConfig
@@ -158,6 +161,7 @@ class Run:
     optimizer: str = "Lamb"
     fill: float = 1.0
     overlaps: bool = False
+    zero: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     is_checkpointed: bool = False
     kernels: Kernels = ZEROBERT
 
@@ -228,7 +232,11 @@ def num_parameters(model: BertConfig) -> int:
 def state_bytes(run: Run) -> float:
     """Weights, gradients and the optimizer's state of a GPU, at the run's ZeRO stage."""
     return footprint.state_bytes(
-        num_parameters(run.model), precision=run.weights, stage=run.stage, ranks=run.num_gpus
+        num_parameters(run.model),
+        precision=run.weights,
+        stage=run.stage,
+        ranks=run.num_gpus,
+        zero=run.zero,
     )
 
 

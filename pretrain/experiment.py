@@ -84,6 +84,7 @@ class Experiment:
             precision=served.precision(self.config.deepspeed),
             stage=served.stage(self.config.deepspeed, distributed.world_size()),
             ranks=distributed.world_size(),
+            zero=self.config.deepspeed.get("zero_optimization"),
         )
 
     @property

@@ -4,6 +4,10 @@ have it from here.
 Symbols: S sequence, H hidden, N heads, P predictions, V vocabulary, L layers.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
+from zerobert import served
 from zerobert.config import BertConfig
 
 # Bytes a parameter that every rank holds, and those that the ranks share out, by ZeRO stage, after
@@ -18,14 +22,30 @@ _STATES = {
 }
 
 
-def state_bytes(num_parameters: int, *, precision: str, stage: int, ranks: int) -> float:
+# Bytes a value of the buffer that gradients are gathered in before the ranks' are added up.
+_BUCKETS = {"bf16": (0, 0, 2, 2), "fp16": (0, 2, 2, 2), "fp32": (0, 4, 4, 4)}
+
+
+def state_bytes(
+    num_parameters: int,
+    *,
+    precision: str,
+    stage: int,
+    ranks: int,
+    zero: Mapping[str, Any] | None = None,
+) -> float:
     """Weights, gradients and the optimizer's state of a rank.
 
     Args:
         precision: `fp32`, `bf16` or `fp16`: what the weights of the forward pass are kept in.
+        zero: the JSON's `zero_optimization`, for the size of DeepSpeed's buffers.
     """
     whole, shared = _STATES[precision][stage]
-    return num_parameters * (whole + shared / ranks)
+    zero = zero or {}
+    bucket: float = zero.get("reduce_bucket_size", served.bucket_values(num_parameters))
+    if zero.get("overlap_comm", False) and stage < 3:  # one is filled while the other is sent
+        bucket *= 2
+    return num_parameters * (whole + shared / ranks) + bucket * _BUCKETS[precision][stage]
 
 
 def activation_bytes(

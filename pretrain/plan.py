@@ -272,6 +272,7 @@ def _run(args: argparse.Namespace, experiment: config.PretrainConfig) -> cost.Ru
         optimizer=experiment.optimizer.type,
         fill=args.fill if kernels.packing else 1.0,  # else padding is computed as words are
         overlaps=zero.get("overlap_comm", stage == 3),
+        zero=zero,
         is_checkpointed=kernels.activation_checkpointing,
     )
     run.peak_flops  # noqa: B018 - refuses a precision that the GPU has no units for

@@ -17,6 +17,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import cuda_accelerator
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from torch import Tensor, nn
@@ -142,6 +143,15 @@ def check_device(ds_config: Mapping[str, Any]) -> None:
         raise ConfigError(reason)
 
 
+def _leave_names_of_gpus_alone() -> None:
+    """Let DeepSpeed ask torch for a GPU's free memory where `CUDA_VISIBLE_DEVICES` has names, as
+    `GPU-8932...` or `MIG-...`: with pynvml it takes each for a number.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not all(entry.strip().isdigit() for entry in visible.split(",") if visible):
+        cuda_accelerator.pynvml = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Shard:
     """An fp32 tensor that the optimizer steps, and where parameters lie in it.
@@ -191,6 +201,7 @@ class Engine:
             if self._is_16_bit
             else {}
         )
+        _leave_names_of_gpus_alone()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # chatter of the libraries' start, none of it ours
             try:
@@ -634,7 +645,12 @@ def _completed(ds_config: Mapping[str, Any], optimizer: torch.optim.Optimizer) -
         # Add each gradient to its fp32 sum when it is there, and let go of it: the same sum, for a
         # third less memory traffic than after the backward pass.
         config["bf16"] = {"immediate_grad_update": True, **config["bf16"]}
-    config["zero_optimization"] = {**config.get("zero_optimization", {}), "stage": stage}
+    num_parameters = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    config["zero_optimization"] = {
+        "reduce_bucket_size": served.bucket_values(num_parameters),
+        **config.get("zero_optimization", {}),
+        "stage": stage,
+    }
     dtype = served.grad_accum_dtype(config)
     if dtype == "fp32" and stage <= 1 and config.get("communication_data_type") is None:
         # In 16 bits the sum over ranks would round what the micro-steps' sum has kept. Here it is

@@ -418,7 +418,7 @@ class BertForPreTraining(nn.Module):
         loss = F.cross_entropy(logits_B2.float(), labels_B, reduction="sum")
         if self.training:
             return loss, None, None
-        rows = torch.tensor(len(labels_B), device=labels_B.device)
+        rows = torch.full((), len(labels_B), device=labels_B.device)
         return loss, (logits_B2.argmax(-1) == labels_B).sum(), rows
 
 

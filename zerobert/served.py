@@ -191,6 +191,13 @@ def stage(ds_config: Mapping[str, Any], ranks: int) -> int:
     return 0 if ranks == 1 and precision(ds_config) == "fp32" and not is_offloaded else asked
 
 
+def bucket_values(num_parameters: int) -> int:
+    """How many gradients are gathered before they are sent, where the JSON does not say it: as many
+    as in DeepSpeed's default, which would take their memory where a model has fewer, too.
+    """
+    return min(num_parameters, 500_000_000)
+
+
 def offloads_to(zero: Mapping[str, Any], name: str) -> str:
     """The device that an offload section of `zero_optimization` names."""
     return str((zero.get(name) or {}).get("device", "none"))

@@ -236,6 +236,44 @@ def test_what_an_optimizer_calls_its_step_is_not_counted_beside_its_kernels() ->
     assert profile_step.own_s(event, torch.device("cuda")) == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        # Of libtorch_cuda 2.11: what a C++ lambda computes is no LAMB.
+        (
+            "void at::native::vectorized_elementwise_kernel<8, at::native::GeluCUDAKernelImpl("
+            "at::TensorIteratorBase&, at::native::GeluType)::{lambda()#2}::operator()() const",
+            "element by element",
+        ),
+        ("at::native::direct_copy_kernel_cuda(at::TensorIteratorBase&)::{lambda()#3}", "copies"),
+        ("at::native::GammaBetaBackwardCUDAKernelTemplate<c10::BFloat16, float>", "layer norm"),
+        ("_lamb_kernel", "optimizer"),
+        ("multi_tensor_apply_kernel<..., FusedAdamMathFunctor<float, 4>, ...>", "optimizer"),
+        ("nvjet_tst_192x192_64x4_1x2_h_bz_coopB_TNT", "matrix products"),
+        ("flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 64, 4>>", "attention"),
+    ],
+)
+def test_a_kernel_is_counted_as_what_it_does(name: str, title: str) -> None:
+    assert profile_step.category(name) == title
+
+
+def test_kernels_for_16_bits_are_not_checked_in_32(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, str]] = []
+
+    def found(config: object, arguments: argparse.Namespace) -> dict[str, Any]:
+        names = ("zerobert", "zerobert, attention=varlen", "zerobert, attention=sdpa")
+        return {name: lambda name=name: (arguments.dtype, name) for name in names}
+
+    monkeypatch.setattr(train_step, "chosen", found)
+    monkeypatch.setattr(train_step, "build", lambda *_: {train_step.REFERENCE: lambda: None})
+    monkeypatch.setattr(train_step, "gradients_of", lambda made, *_: made and seen.append(made))
+    monkeypatch.setattr(train_step, "hold_against", lambda *_: None)
+    train_step.check_equal(CONFIG, argparse.Namespace(**{**STEP, "dtype": "bf16"}), {})
+    in_32 = [name for dtype, name in seen if dtype == "fp32"]
+    assert in_32 == ["zerobert", "zerobert, attention=sdpa"]
+    assert len(seen) == 5
+
+
 def test_shards_that_are_whole_are_not_prepared_again(tmp_path: Path) -> None:
     shards = tmp_path / "shards" / "hdf5_it" / "real"
     shards.mkdir(parents=True)

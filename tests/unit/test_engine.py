@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.accelerator import cuda_accelerator
 
 from zerobert import engine, served
 
@@ -54,3 +55,23 @@ def test_the_norm_of_a_long_tensor_is_exact() -> None:
 def _completed(ds_config: dict[str, Any]) -> dict[str, Any]:
     parameter = torch.nn.Parameter(torch.zeros(1))
     return engine._completed(ds_config, torch.optim.SGD([parameter], lr=0.1))
+
+
+@pytest.mark.parametrize(
+    ("visible", "asks_torch"),
+    [("0,1", False), ("", False), ("GPU-8932f937-d72c", True), ("MIG-1,0", True)],
+)
+def test_gpus_may_be_told_by_name(
+    monkeypatch: pytest.MonkeyPatch, visible: str, asks_torch: bool
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(cuda_accelerator, "pynvml", "its module")
+    engine._leave_names_of_gpus_alone()
+    assert (cuda_accelerator.pynvml is None) == asks_torch
+
+
+def test_deepspeed_s_buffer_is_no_larger_than_the_model() -> None:
+    zero = _completed(ZERO_1)["zero_optimization"]
+    assert zero == {"reduce_bucket_size": 1, "stage": zero["stage"]}
+    asked = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 5}}
+    assert _completed(asked)["zero_optimization"]["reduce_bucket_size"] == 5

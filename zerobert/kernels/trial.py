@@ -94,6 +94,8 @@ def _failure(
         try:
             pairs = list(zip(run(name, 0.0), run("plain", 0.0), strict=True))
             dropped = run(name, dropout_p)
+        except torch.OutOfMemoryError:  # says nothing of the kernel, and is remembered nowhere
+            raise
         except Exception as error:  # noqa: BLE001 - kernels' and compilers' have no other base
             lines = str(error).strip().splitlines() or [""]
             return f"fails on this device ({type(error).__name__}: {lines[0]:.120})"

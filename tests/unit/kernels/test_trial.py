@@ -65,6 +65,17 @@ def test_what_is_no_number_with_dropout_is_noticed(monkeypatch: pytest.MonkeyPat
     )
 
 
+def test_want_of_memory_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setitem(layer_norm.IMPLEMENTATIONS, "new", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        trial.layer_norm_failure("new", CPU, FP32, 96)
+    monkeypatch.setitem(layer_norm.IMPLEMENTATIONS, "new", layer_norm.plain)
+    assert trial.layer_norm_failure("new", CPU, FP32, 96) is None
+
+
 def test_another_mask_on_the_way_back_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def forgetful(
         x: Tensor, norm: nn.LayerNorm, residual: Tensor | None = None, dropout_p: float = 0.0

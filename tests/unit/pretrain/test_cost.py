@@ -5,6 +5,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,7 +43,26 @@ def test_parameters_are_those_of_the_model(size: str) -> None:
 def test_states_shrink_with_the_stage() -> None:
     parameters = cost.num_parameters(LARGE)
     per_parameter = [cost.state_bytes(with_stage(stage)) / parameters for stage in range(4)]
-    assert per_parameter == pytest.approx([16, 4 + 12 / 64, 2 + 14 / 64, 16 / 64])
+    buffer = 2
+    assert per_parameter == pytest.approx(
+        [16, 4 + 12 / 64 + buffer, 2 + 14 / 64 + buffer, 16 / 64 + buffer]
+    )
+
+
+@pytest.mark.parametrize(
+    ("stage", "zero", "values"),
+    [
+        (2, {"reduce_bucket_size": 1e8}, 1e8),
+        (2, {"reduce_bucket_size": 1e8, "overlap_comm": True}, 2e8),
+        (3, {"reduce_bucket_size": 1e8, "overlap_comm": True}, 1e8),
+        (0, {"reduce_bucket_size": 1e8}, 0),
+    ],
+)
+def test_the_buffer_of_gradients_is_counted(
+    stage: int, zero: dict[str, Any], values: float
+) -> None:
+    without = cost.state_bytes(with_stage(stage, zero={"reduce_bucket_size": 0}))
+    assert cost.state_bytes(with_stage(stage, zero=zero)) - without == pytest.approx(2 * values)
 
 
 def test_a_step_by_hand() -> None:

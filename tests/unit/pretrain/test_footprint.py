@@ -31,11 +31,12 @@ def states(precision: str, stage: str) -> float:
     ],
     ids=["some", "all"],
 )
-def test_states_are_what_is_alive_after_a_backward_pass(cases: list[str], tmp_path: Path) -> None:
+def test_states_are_what_is_alive_in_a_backward_pass(cases: list[str], tmp_path: Path) -> None:
     run_ranks(WORKER, 2, str(tmp_path / "found.json"), *cases)
     found = json.loads((tmp_path / "found.json").read_text())
     counted = {case: states(*case.split()) for case in cases}
-    assert found == pytest.approx(counted, abs=0.4)  # DeepSpeed's buckets are not counted
+    # Not counted: at stage 3 the weights of the layer that is computed, a tenth of the model's.
+    assert found == pytest.approx(counted, abs=0.5)
 
 
 def activations(*, width: int, is_checkpointed: bool = False) -> float:
