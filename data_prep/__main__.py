@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 # Above this the vocabulary probably is of another language or case.
 _HIGH_UNKNOWN_SHARE = 0.01
-# Vocabularies of lower-cased text have none but the special tokens; BERT's cased one has 29 %.
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -280,7 +280,7 @@ def _skipped_steps(run: Run) -> list[list[str]]:
     if not counts or not (total := max(counts.values())):
         return []
     last = next(step for step, count in counts.items() if count == total)
-    text = f"{total:,.0f} overflowed at their loss scale, the last of them by step {last:,}"
+    text = f"{total:,.0f}, whose gradients were no finite numbers, the last by step {last:,}"
     return [[run.name, f"{last:,}", "skipped steps", text]]
 
 

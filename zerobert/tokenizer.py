@@ -43,9 +43,9 @@ _MIN_ALPHABET = 1000
 # Source: SentencePiece's character_coverage for languages with rich character sets.
 _CHARACTER_COVERAGE = 0.9995
 _BLOCK_BYTES = 4 << 20
-# More than any model has; the library aborts where it can't reserve the memory.
 # Above it text was hardly lower-cased: bert-base-uncased has 0, bert-base-cased 0.3.
 _HIGH_CASED_SHARE = 0.05
+# More than any model has; the library aborts where it can't reserve the memory.
 _MAX_VOCAB_SIZE = 10_000_000
 
 

@@ -1,5 +1,7 @@
 """What README.md, CONTRIBUTING.md and docs tell people to type exists, its flags and files too."""
 
+import dataclasses
+import json
 import re
 import shlex
 import subprocess
@@ -9,7 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.config import BertSection
+from zerobert.config import BertConfig
+from zerobert.launcher import split_machines
+
 REPOSITORY = Path(__file__).resolve().parents[2]
+DOCUMENTS = [
+    path
+    for pattern in ("*.md", "docs/**/*.md", "benchmarks/README.md")
+    for path in sorted(REPOSITORY.glob(pattern))
+]
 SCRIPTS = {
     "demo": "demo/__main__.py",
     "prep": "data_prep/__main__.py",
@@ -27,10 +38,10 @@ WITHOUT_FLAGS_OF_THEIR_OWN = ("test", "check", "doctor", "help")
 def commands() -> list[str]:
     """Every line of the shell blocks."""
     found = []
-    for name in ("README.md", "CONTRIBUTING.md", "docs/scaling.md"):
-        text = (REPOSITORY / name).read_text(encoding="utf-8")
-        for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
-            found += [line.strip() for line in block.splitlines() if line.strip()]
+    for path in DOCUMENTS:
+        for block in re.findall(r"```\w*\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [line.strip() for line in lines if line.startswith("bash launch.sh ")]
     return found
 
 
@@ -53,7 +64,8 @@ def test_a_command_exists_with_its_flags(line: str) -> None:
         return
     subcommand = rest[:1] if command == "prep" else []
     text = help_of(SCRIPTS[command], *subcommand)
-    for flag in (word for word in rest if word.startswith("-")):
+    own, _ = split_machines(rest)
+    for flag in (word for word in own if word.startswith("-")):
         assert re.search(rf"(?<![\w-]){flag}(?![\w-])", text), f"{flag} is not in {command} --help"
 
 
@@ -84,15 +96,37 @@ def test_the_tree_is_that_of_the_repository() -> None:
     assert missing == []
 
 
-@pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/data-format.md"]
-)
-def test_links_lead_somewhere(document: str) -> None:
-    text = (REPOSITORY / document).read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
-    assert [
-        link for link in links if not (REPOSITORY / document).parent.joinpath(link).exists()
-    ] == []
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    missing = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        if "://" not in link and not (target.exists() and anchor in {"", *anchors(target)}):
+            missing.append(link)
+    assert missing == []
+
+
+def anchors(path: Path) -> set[str]:
+    """The headings of a document, as GitHub links to them."""
+    if path.suffix != ".md":
+        return set()
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.replace(" ", "-") for heading in plain}
+
+
+def test_every_key_of_the_configuration_is_told_with_its_default() -> None:
+    text = (REPOSITORY / "docs" / "configuration.md").read_text(encoding="utf-8")
+    told = {}
+    for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        rows = re.findall(r"^\| `(\w+)` \| (?:`(.*?)`)? *\|", section, re.MULTILINE)
+        told[section[1 : section.index("`", 1)]] = {
+            key: json.loads(value) if value else None for key, value in rows
+        }
+    defaults = json.loads(json.dumps(dataclasses.asdict(BertSection())))
+    model = {**dataclasses.asdict(BertConfig()), "size": "base", "vocab_size": None}
+    assert told == {**defaults, "model": model}
 
 
 def test_hooks_run_what_ci_runs() -> None:

@@ -160,7 +160,7 @@ def test_events_are_marked_and_told_and_what_was_given_up_stays_aside(tmp_path: 
             "a",
             "30",
             "skipped steps",
-            "2 overflowed at their loss scale, the last of them by step 30",
+            "2, whose gradients were no finite numbers, the last by step 30",
         ],
     ]
     aside, training, _ = curves(page)["Masked-LM loss"]
