@@ -43,6 +43,7 @@ def write_data(folder: Path, arguments: argparse.Namespace) -> None:
     for number in range(SHARDS):
         batch = make_batch(config, -(-rows // SHARDS), arguments.seq_length, arguments.fill, number)
         arrays = {name: x.numpy().astype(TYPES.get(name, "i4")) for name, x in batch.items()}
+        arrays["input_ids"][:, 0] = SPECIAL_TOKENS.index("[CLS]")
         write_shard(folder / f"random_training_{number}.hdf5", arrays)
     words = [f"word{i}" for i in range(config.vocab_size - len(SPECIAL_TOKENS))]
     (folder / "vocab.txt").write_text("\n".join([*SPECIAL_TOKENS, *words]) + "\n", encoding="utf-8")

@@ -28,6 +28,9 @@ def newest(theme: str, has: Mapping[str, Any]) -> tuple[dict[str, Any], str] | N
 
     Args:
         has: figure -> its value, or None for any.
+
+    Raises:
+        ValueError: two of one date and of different commits, of which none is the newest.
     """
     found = []
     for path in (ROOT / "benchmarks").glob(f"{theme}_*_20*.json"):
@@ -38,7 +41,10 @@ def newest(theme: str, has: Mapping[str, Any]) -> tuple[dict[str, Any], str] | N
             found.append((figures["date"], path.stem, figures))
     if not found:
         return None
-    _, stem, figures = max(found, key=lambda each: each[:2])
+    date, stem, figures = max(found, key=lambda each: each[:2])
+    for other_date, other, record in found:
+        if other_date == date and record.get("commit") != figures.get("commit"):
+            raise ValueError(f"{stem} and {other} are both of {date}; give one its time of day")
     return figures, f"{stem}.md"
 
 
@@ -156,11 +162,14 @@ def figures_table() -> str:
         if found := newest(theme, has):
             figures, file = found
             machine = figures.get("gpu") or figures["hardware"]
+            if name := figures.get("arguments", {}).get("hardware"):
+                machine += f" ({name.split('_')[0]})"
             for row in tell(figures):
                 rows.append((*row[:3], f"[{row[3]} x](benchmarks/{file})", machine))
     note = (
         "Medians, and their ratio. Plain torch and the bare loop are ours, written without the "
-        "fast paths or the engine: no peer of anyone's.\n\n"
+        "fast paths or the engine: no peer of anyone's. Machines have their names in brackets; "
+        "rows of different ones do not compare.\n\n"
     )
     return note + measure.table(("", "here", "beside", "", "on"), rows) + "\n"
 

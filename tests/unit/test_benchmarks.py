@@ -349,6 +349,14 @@ def test_the_engine_trains_as_a_bare_loop(repository: Path, dtype: str) -> None:
     assert "engine, stage 1 |" in done.stdout
 
 
+def test_what_a_user_starts_trains_at_two_stages_alike(repository: Path) -> None:
+    command = [sys.executable, "benchmarks/end_to_end.py", "--quick", "--device", "cpu"]
+    command += ["--size", "tiny", "--stage", "0", "1"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "| stage 1, fp32 |" in done.stdout
+
+
 def test_loaders_give_equal_batches_before_they_are_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -395,6 +403,11 @@ def test_the_newest_report_that_has_the_figures_is_told_on_any_hardware(
     assert found is not None
     assert found[1] == "finetuning_it_202611.md"
     assert readme.newest("loader", {}) is None
+    for name, commit in (("here", "a"), ("there", "b")):
+        figures = {"date": "2026-12-01", "commit": commit}
+        (tmp_path / "benchmarks" / f"loader_{name}_202612.json").write_text(json.dumps(figures))
+    with pytest.raises(ValueError, match="are both of 2026-12-01"):
+        readme.newest("loader", {})
 
 
 def test_a_ratio_is_that_of_the_medians_beside_it() -> None:
