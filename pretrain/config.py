@@ -190,7 +190,7 @@ class PretrainConfig:
             return said
         some = range(0, steps, -(-steps // 1000))
         top = max(schedule.factor(ours, step, total=steps) for step in some)
-        return said if top > 0.9 else f"{said}, of which {steps} steps reach {top:.1%}"
+        return said if top > 0.9 else f"{said}, of which a run of {steps} reaches {top:.1%}"
 
     def rate(self, step: int, elapsed_s: float, *, total_steps: int | None) -> float:
         """The learning rate of the update that `step` others and `elapsed_s` went before."""

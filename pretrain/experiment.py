@@ -104,12 +104,12 @@ class Experiment:
         run = self.config.bert.run
         model_gb, state_gb = 4e-9 * self.parameters, 12e-9 * self.parameters
         if self.steps is None or run.keep_every_steps:
-            return f"{model_gb:.2g} GB a model, {state_gb:.2g} GB a state"
+            return f"{model_gb:.2f} GB a model, {state_gb:.2f} GB a state"
         saves = -(-self.steps // run.save_steps)
         models, states = min(saves, run.keep_models or saves), min(saves, run.keep_states)
         return (
-            f"{models * model_gb + states * state_gb:.2g} GB in the end = models, {models} x "
-            f"{model_gb:.2g}, and states, {states} x {state_gb:.2g}"
+            f"{models * model_gb + states * state_gb:,.2f} GB in the end = models, {models} x "
+            f"{model_gb:.2f}, and states, {states} x {state_gb:.2f}"
         )
 
     def facts(self) -> dict[str, str]:

@@ -43,6 +43,8 @@ def state_bytes(
     whole, shared = _STATES[precision][stage]
     zero = zero or {}
     bucket: float = zero.get("reduce_bucket_size", served.bucket_values(num_parameters))
+    if not zero.get("contiguous_gradients", True):
+        bucket = 0
     if zero.get("overlap_comm", False) and stage < 3:  # one is filled while the other is sent
         bucket *= 2
     return num_parameters * (whole + shared / ranks) + bucket * _BUCKETS[precision][stage]

@@ -320,7 +320,11 @@ def check_resumable(folder: Path, run: RunFolder) -> None:
         ConfigError: the state is of a run with other settings.
     """
     saved = manifest.read_manifest(folder).config
-    check_same_run(saved["identity"], run.identity, str(folder))
+    before = {**saved["identity"]}
+    for name in ("total_steps", "max_train_s"):  # earlier versions held what no rate depends on
+        if run.identity.get(name) is None:
+            before.pop(name, None)
+    check_same_run(before, run.identity, str(folder))
     if saved["micro_samples"] != run.micro_samples:
         print(
             f"warning: the micro-batch was {saved['micro_samples']}, is {run.micro_samples}: the "
@@ -355,15 +359,16 @@ def claim(path: Path) -> None:
 
 
 def supersede(path: Path, resumed: Path | None) -> None:
-    """Make the state that a run goes on from its newest: those beyond it are renamed as their
-    models are, and what was to be skipped behind them is forgotten.
+    """Make the state that a run goes on from its newest: those beyond it and their models are
+    renamed, and what was to be skipped behind them is forgotten.
 
     Args:
         resumed: None where the run begins.
     """
     step = -1 if resumed is None else saved_step(resumed)
-    for folder in [*_states(path), *_numbered(path, "model")]:
-        if _named_step(folder) > step:
+    beyond = [_named_step(folder) for folder in _states(path) if _named_step(folder) > step]
+    for folder in (path / f"{kind}_{number}" for number in beyond for kind in ("model", "state")):
+        if folder.exists():
             with manifest.writing(folder):
                 folder.rename(_free_name(path / f"superseded-{folder.name}"))
     notes = _read_skipped(path)

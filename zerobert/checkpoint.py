@@ -115,9 +115,10 @@ def open_model(name_or_path: str) -> ModelFolder:
         path = _download(name_or_path)
     if manifest.is_complete(path):
         manifest.verify_folder(path)
-    if models := sorted(path.glob("model_*/config.json"), key=lambda file: file.stat().st_mtime):
+    if not _weight_files(path) and list(path.glob(f"model_*/{manifest.MANIFEST_NAME}")):
         raise CheckpointError(
-            f"{path} is the folder of a run, not of a model; name one in it, as {models[-1].parent}"
+            f"{path} is the folder of a run, not of a model; name one in it, as "
+            f"{newest_model(path)}"
         )
     raw = _read_json(path / "config.json")
     if raw.get("model_type", "bert") not in ("bert", _PRE_NORM_TYPE):

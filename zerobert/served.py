@@ -21,6 +21,7 @@ _DONE_ELSEWHERE = {
 }
 # They would be told the learning rate alone.
 _MONITORS = ("comet", "csv_monitor", "tensorboard", "wandb")
+_UNSERVED_TYPES = ("buffer_dtype", "keep_in_fp32_modules", "param_dtype")
 _BOOLEANS = (
     "disable_allgather",
     "disable_python_gc",
@@ -110,7 +111,7 @@ SECTION_KEYS: dict[str, frozenset[str]] = {
             "experiment_key online mode",
             "comms_logger": "enabled prof_all prof_ops verbose debug",
             "csv_monitor": "enabled output_path job_name",
-            "data_types": "grad_accum_dtype",
+            "data_types": f"grad_accum_dtype {' '.join(_UNSERVED_TYPES)}",
             "flops_profiler": "enabled recompute_fwd_factor profile_step module_depth top_modules "
             "detailed output_file",
             "fp16": "enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis "
@@ -351,8 +352,8 @@ def _check_types(ds_config: Mapping[str, Any]) -> None:
     factor = ds_config.get("gradient_predivide_factor", 1.0)
     if type(factor) not in (int, float) or not 0 < factor < math.inf:
         raise ConfigError(f"gradient_predivide_factor: wanted a number above 0, got {factor!r}")
-    steps = ds_config.get("steps_per_print", 1)
-    if type(steps) is not int or steps < 1:
+    steps = ds_config.get("steps_per_print")
+    if steps is not None and (type(steps) is not int or steps < 1):
         raise ConfigError(f"steps_per_print: wanted a whole number from 1 on, got {steps!r}")
     for name in _BOOLEANS:
         if not isinstance(ds_config.get(name, False), bool):
@@ -362,12 +363,21 @@ def _check_types(ds_config: Mapping[str, Any]) -> None:
     for name in _MONITORS:
         if ds_config.get(name, {}).get("enabled", False):
             raise ConfigError(
-                f"{name}: DeepSpeed's monitors are not served; remove the section: a run writes "
-                "metrics.jsonl and report.html, and --tracker wandb follows it in W&B"
+                f"{name}: DeepSpeed's monitors are not served; remove the section: a run has a "
+                "page of its own, report.html, and pretraining --tracker wandb"
             )
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    zero = ds_config.get("zero_optimization", {})
+    stage, bucket = zero.get("stage", 0), zero.get("reduce_bucket_size", 1)
     if type(stage) is not int:
         raise ConfigError(f"zero_optimization.stage: wanted a number, got {stage!r}")
+    if type(bucket) not in (int, float) or not 1 <= bucket < math.inf:
+        raise ConfigError(
+            f"zero_optimization.reduce_bucket_size: wanted a number of values from 1 on, got "
+            f"{bucket!r}"
+        )
+    for name in _UNSERVED_TYPES:
+        if name in ds_config.get("data_types", {}):
+            raise ConfigError(f"data_types.{name} is not served; remove it")
 
 
 def _check_section(ds_config: Mapping[str, Any], name: str) -> None:
@@ -375,7 +385,7 @@ def _check_section(ds_config: Mapping[str, Any], name: str) -> None:
     section: Any = ds_config
     for key in name.split("."):
         section = section.get(key, {})
-        if section is None and "." in name:  # DeepSpeed's default for the parts of ZeRO
+        if section is None and name.startswith("zero_optimization."):  # DeepSpeed's default
             return
         if not isinstance(section, Mapping):
             raise ConfigError(f"{name}: wanted an object {{...}}, got {section!r}")

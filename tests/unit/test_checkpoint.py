@@ -776,7 +776,7 @@ def test_no_model_at_all_says_how_to_make_one(tmp_path: Path) -> None:
 def test_the_folder_of_a_run_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model_3").mkdir()
-    (tmp_path / "model_3" / "config.json").write_text("{}")
+    (tmp_path / "model_3" / "manifest.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"is the folder of a run, .*model_3"):
         checkpoint.open_model(str(tmp_path))
 

@@ -32,12 +32,14 @@ def at_stages(**fp16: Any) -> list[dict[str, Any]]:
 
 def test_what_deepspeed_refuses_is_one_line(tmp_path: Path) -> None:
     cases = [
-        {"zero_optimization": {"stage": 1, "reduce_bucket_size": -1}},
+        {"zero_optimization": {"stage": 1, "allgather_bucket_size": -1}},
         {"amp": {"enabled": True}},
         {"communication_data_type": "fp8"},
     ]
     for finding, words in zip(
-        run(cases, tmp_path), ("reduce_bucket_size", "AMP", "communication_data_type"), strict=True
+        run(cases, tmp_path),
+        ("allgather_bucket_size", "AMP", "communication_data_type"),
+        strict=True,
     ):
         name, message = finding["error"]
         assert name == "ConfigError"

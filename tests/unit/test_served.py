@@ -152,6 +152,7 @@ def test_each_setting_is_refused_by_name(ds_config: dict[str, Any], message: str
         {"zero_optimization": {"stage": 1, "offload_optimizer": None, "cpu_offload": False}},
         {"timers": {"throughput": {"enabled": False}}, "tensorboard": {"enabled": False}},
         {"steps_per_print": 10, "prescale_gradients": False},
+        {"steps_per_print": None, "zero_optimization": {"reduce_bucket_size": 5e8}},
         {"gradient_allreduce_op": "mean", "gradient_predivide_factor": 2.0},
         {"zero_optimization": {"stage": 3}, "gradient_predivide_factor": 1.0},
         {"fp16": {"enabled": False}} | AUTOCAST,
@@ -256,7 +257,7 @@ def test_the_recipes_have_known_keys_only(repository: Path) -> None:
     [
         ({"fp16": True}, "fp16: wanted an object"),
         ({"bf16": None}, "bf16: wanted an object"),
-        ({"timers": {"throughput": 0}}, "timers.throughput: wanted an object"),
+        ({"timers": {"throughput": None}}, "timers.throughput: wanted an object"),
         ({"zero_optimization": 1}, "zero_optimization: wanted an object"),
         ({"bf16": {"enabled": "False"}}, "bf16.enabled: wanted true or false, got 'False'"),
         ({"zero_optimization": {"stage": "1"}}, "stage: wanted a number, got '1'"),
@@ -274,6 +275,14 @@ def test_a_section_of_the_wrong_kind_is_named(config: dict[str, Any], words: str
     [
         ({"gradient_clipping": "auto"}, 'gradient_clipping is "auto"'),
         ({"fp16": {"enabled": "auto"}}, 'fp16.enabled is "auto"'),
+        *[
+            (
+                {"zero_optimization": {"reduce_bucket_size": size}},
+                "zero_optimization.reduce_bucket_size: wanted a number of values from 1 on",
+            )
+            for size in ("500000000", None, -1, True)
+        ],
+        ({"data_types": {"param_dtype": "fp32"}}, "data_types.param_dtype is not served"),
         ({"steps_per_print": 0}, "steps_per_print: wanted a whole number from 1 on, got 0"),
         ({"gradient_predivide_factor": 0}, "gradient_predivide_factor: wanted a number above 0"),
         ({"prescale_gradients": "no"}, "prescale_gradients: wanted true or false, got 'no'"),

@@ -153,6 +153,17 @@ def test_other_settings_are_not_resumed(tmp_path: Path) -> None:
         run_state.check_resumable(tmp_path / "state_3", other)
 
 
+def test_what_the_rate_no_longer_depends_on_may_have_been_kept(tmp_path: Path) -> None:
+    engine: Any = FakeEngine()
+    saver = Saver(make_run(tmp_path, total_steps=8))
+    saver.save(engine, TrainState(step=3))
+    saver.wait()
+    saver.close()
+    run_state.check_resumable(tmp_path / "state_3", make_run(tmp_path, total_steps=None))
+    with pytest.raises(ConfigError, match="total_steps was 8, is 9"):
+        run_state.check_resumable(tmp_path / "state_3", make_run(tmp_path, total_steps=9))
+
+
 def test_another_micro_batch_goes_on_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -407,14 +418,13 @@ def test_a_folder_in_use_is_refused_and_leftovers_go(tmp_path: Path) -> None:
 
 def test_states_beyond_the_resumed_one_are_renamed_and_their_models(tmp_path: Path) -> None:
     save_steps(tmp_path, 3, 6, 9)
-    shutil.rmtree(tmp_path / "state_9")
-    (tmp_path / "model_9" / "notes.txt").write_text("mine")
+    (tmp_path / "model_12").mkdir()  # of a save that was killed, or somebody's: of no state
     run_state.supersede(tmp_path, tmp_path / "state_3")
     names = sorted(path.name for path in tmp_path.glob("*_*"))
     assert names == [
-        *("model_3", "state_3", "superseded-model_6", "superseded-model_9", "superseded-state_6")
+        *("model_12", "model_3", "state_3", "superseded-model_6", "superseded-model_9"),
+        *("superseded-state_6", "superseded-state_9"),
     ]
-    assert (tmp_path / "superseded-model_9" / "notes.txt").read_text() == "mine"
     assert find_state(tmp_path, "auto") == tmp_path / "state_3"
     assert (tmp_path / "latest").read_text() == "state_3\n"
 

@@ -190,12 +190,12 @@ def test_the_header_tells_what_a_run_leaves_and_how_high_its_rate_comes(folder: 
     flags += ["--precision", "fp32"]
     run = experiment.prepare(parse_args([*flags, "--warmup_steps", "100"]))
     facts = run.facts()
-    model, state = (f"{each * run.parameters:.2g}" for each in (4e-9, 12e-9))
-    total = f"{(3 * 4e-9 + 2 * 12e-9) * run.parameters:.2g}"
+    model, state = (f"{each * run.parameters:.2f}" for each in (4e-9, 12e-9))
+    total = f"{(3 * 4e-9 + 2 * 12e-9) * run.parameters:.2f}"
     assert facts["on the disk"] == (
         f"{total} GB in the end = models, 3 x {model}, and states, 2 x {state}"
     )
-    assert facts["learning rate"].endswith("at its peak, of which 10 steps reach 10.0%")
+    assert facts["learning rate"].endswith("at its peak, of which a run of 10 reaches 10.0%")
     reached = experiment.prepare(parse_args([*flags, "--warmup_steps", "1"])).facts()
     assert reached["learning rate"].endswith("at its peak")
 
