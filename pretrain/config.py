@@ -487,20 +487,15 @@ def identity(
 ) -> dict[str, Any]:
     """What makes a run this run, as flat `section.key` -> value; a resumed run agrees in all.
 
-    Of the limits of its length it is the one that the rate depends on: none for DeepSpeed's, and
-    for a constant one whose warm-up is told in steps.
+    Of the limits of its length it is the one that the rate depends on, none for DeepSpeed's.
     """
     rate = resolved["bert"].get("schedule")
-    by_time = rate is not None and rate["by"] == "time"
-    is_free = rate is None or (
-        rate["name"] == "constant"
-        and (rate["warmup_steps"] is not None or not rate["warmup_proportion"])
-    )
+    length = ScheduleConfig(**rate).length if rate else None
     return {
         **flatten(resolved, leaving_out=_FREE),
         **flatten(data, "data"),
-        "total_steps": None if by_time or is_free else steps,
-        "max_train_s": resolved["bert"]["run"]["max_train_s"] if by_time and not is_free else None,
+        "total_steps": steps if length == "steps" else None,
+        "max_train_s": resolved["bert"]["run"]["max_train_s"] if length == "time" else None,
         "train_batch_size": sizes.global_samples,
         "init_from_sha256": version(init_from.path) if init_from else None,
     }

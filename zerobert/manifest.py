@@ -62,9 +62,9 @@ def writing(path: Path | str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        no_place = ("EEXIST", "ENOENT", "ENOTDIR", "EISDIR", "ENAMETOOLONG")
+        no_place = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
         remedy = "choose another path"
-        if errno.errorcode.get(error.errno or 0) not in no_place:
+        if error.errno not in no_place:
             remedy = "free space or choose another output folder"
         raise DataError(
             f"cannot write {path}: {reason}; {remedy}, then run the same command again"

@@ -86,6 +86,14 @@ class ScheduleConfig:
         if strange:
             raise ConfigError(f"{strange[0]}: schedule {self.name} has none; remove it")
 
+    @property
+    def length(self) -> Literal["steps", "time"] | None:
+        """Which length of the run the rate depends on; None for a constant one whose warm-up is
+        told in steps.
+        """
+        warms_up_by_share = self.warmup_steps is None and self.warmup_proportion > 0
+        return self.by if self.name != "constant" or warms_up_by_share else None
+
 
 def rate(
     config: ScheduleConfig,

@@ -59,74 +59,47 @@ _DTYPES = {
     **dict.fromkeys(("fp16", "float16", "half", "torch.float16"), "fp16"),
     **dict.fromkeys(("fp32", "float32", "float", "torch.float32"), "fp32"),
 }
-_ZERO_KEYS = frozenset(
-    (
-        "allgather_bucket_size",
-        "allgather_partitions",
-        "compute_grad_norm",
-        "contiguous_gradients",
-        "cpu_offload_use_pin_memory",
-        "elastic_checkpoint",
-        "enable_sanity_checks",
-        "ignore_unused_parameters",
-        "leaf_module",
-        "load_from_fp32_weights",
-        "log_trace_cache_warnings",
-        "memory_efficient_linear",
-        "offload_optimizer",
-        "offload_param",
-        "overlap_comm",
-        "override_module_apply",
-        "parameter_alignment",
-        "pipeline_loading_checkpoint",
-        "reduce_bucket_size",
-        "reduce_scatter",
-        "round_robin_gradients",
-        "save_muon_momentum_buffer_in_memory",
-        "stage",
-        "stage3_allgather_sequential",
-        "stage3_gather_16bit_weights_on_model_save",
-        "stage3_gather_fp16_weights_on_model_save",
-        "stage3_max_live_parameters",
-        "stage3_max_reuse_distance",
-        "stage3_model_persistence_threshold",
-        "stage3_param_persistence_threshold",
-        "stage3_prefetch_bucket_size",
-        "stage3_use_all_reduce_for_fetch_params",
-        "sub_group_size",
-        "use_multi_rank_bucket_allreduce",
-        "zero_hpz_partition_size",
-        *_UNSERVED_ZERO,
-    )
-)
 # The keys of DeepSpeed's sections; half of them it reads without a look at what else is there.
 SECTION_KEYS: dict[str, frozenset[str]] = {
-    "zero_optimization": _ZERO_KEYS,
-    **{
-        name: frozenset(keys.split())
-        for name, keys in {
-            "bf16": "enabled immediate_grad_update check_grad_overflow "
-            "bf16_master_weights_and_grads bf16_optimizer_states",
-            "comet": "enabled samples_log_interval project workspace api_key experiment_name "
-            "experiment_key online mode",
-            "comms_logger": "enabled prof_all prof_ops verbose debug",
-            "csv_monitor": "enabled output_path job_name",
-            "data_types": f"grad_accum_dtype {' '.join(_UNSERVED_TYPES)}",
-            "flops_profiler": "enabled recompute_fwd_factor profile_step module_depth top_modules "
-            "detailed output_file",
-            "fp16": "enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis "
-            "consecutive_hysteresis min_loss_scale fp16_master_weights_and_grads",
-            "tensorboard": "enabled output_path job_name",
-            "timers": "throughput",
-            "timers.throughput": "enabled synchronized",
-            "torch_autocast": "enabled dtype lower_precision_safe_modules",
-            "wandb": "enabled group team project",
-            "zero_optimization.offload_optimizer": "device nvme_path buffer_count pin_memory "
-            "pipeline_read pipeline_write fast_init ratio super_offload cpuadam_cores_perc",
-            "zero_optimization.offload_param": "device nvme_path buffer_count buffer_size "
-            "max_in_cpu pin_memory",
-        }.items()
-    },
+    name: frozenset(keys.split())
+    for name, keys in {
+        "bf16": "enabled immediate_grad_update check_grad_overflow "
+        "bf16_master_weights_and_grads bf16_optimizer_states",
+        "comet": "enabled samples_log_interval project workspace api_key experiment_name "
+        "experiment_key online mode",
+        "comms_logger": "enabled prof_all prof_ops verbose debug",
+        "csv_monitor": "enabled output_path job_name",
+        "data_types": f"grad_accum_dtype {' '.join(_UNSERVED_TYPES)}",
+        "flops_profiler": "enabled recompute_fwd_factor profile_step module_depth top_modules "
+        "detailed output_file",
+        "fp16": "enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis "
+        "consecutive_hysteresis min_loss_scale fp16_master_weights_and_grads",
+        "tensorboard": "enabled output_path job_name",
+        "timers": "throughput",
+        "timers.throughput": "enabled synchronized",
+        "torch_autocast": "enabled dtype lower_precision_safe_modules",
+        "wandb": "enabled group team project",
+        "zero_optimization": (
+            "allgather_bucket_size allgather_partitions compute_grad_norm "
+            "contiguous_gradients cpu_offload_use_pin_memory elastic_checkpoint "
+            "enable_sanity_checks ignore_unused_parameters leaf_module "
+            "load_from_fp32_weights log_trace_cache_warnings memory_efficient_linear "
+            "offload_optimizer offload_param overlap_comm override_module_apply "
+            "parameter_alignment pipeline_loading_checkpoint reduce_bucket_size "
+            "reduce_scatter round_robin_gradients save_muon_momentum_buffer_in_memory stage "
+            "stage3_allgather_sequential stage3_gather_16bit_weights_on_model_save "
+            "stage3_gather_fp16_weights_on_model_save stage3_max_live_parameters "
+            "stage3_max_reuse_distance stage3_model_persistence_threshold "
+            "stage3_param_persistence_threshold stage3_prefetch_bucket_size "
+            "stage3_use_all_reduce_for_fetch_params sub_group_size "
+            "use_multi_rank_bucket_allreduce zero_hpz_partition_size "
+            f"{' '.join(_UNSERVED_ZERO)}"
+        ),
+        "zero_optimization.offload_optimizer": "device nvme_path buffer_count pin_memory "
+        "pipeline_read pipeline_write fast_init ratio super_offload cpuadam_cores_perc",
+        "zero_optimization.offload_param": "device nvme_path buffer_count buffer_size "
+        "max_in_cpu pin_memory",
+    }.items()
 }
 # DeepSpeed's top-level keys for training. It accepts others in silence, misspelt ones too.
 TOP_LEVEL_KEYS = frozenset(

@@ -337,7 +337,10 @@ BREAKS: dict[str, tuple[list[str], str]] = {
     "no such JSON": (["--deepspeed_config", "nowhere.json"], "nowhere.json: no such file"),
     "a misspelt key": (["--deepspeed_config", "{misspelt}"], "'grad_cliping'.*gradient_clipping"),
     "another vocabulary": (["--vocab_file", "{other}"], "is not the vocabulary of the shards"),
-    "rows of another vocabulary": (["--input_dir", "{strange}"], "made with another vocabulary"),
+    "rows of another vocabulary": (
+        ["--input_dir", "{data}", "--input_dir", "{strange}"],
+        "made with another vocabulary",
+    ),
     "shards of another vocabulary": (["--eval_dir", "{made}"], "made with another vocabulary"),
     "another model": (["--init_from", "{model}"], "model_type 'bert', got 'gpt2'"),
     "a wrong flag": (["--max_step", "x"], "--help"),
@@ -368,10 +371,11 @@ def test_bad_input_is_one_line(data: Path, tmp_path: Path, case: str) -> None:
     rows["input_ids"][:, 0] = 7
     write_shard(tmp_path / "strange" / "train.hdf5", rows)
     flags, words = BREAKS[case]
-    flags = [flag.format(**{path.name: path for path in tmp_path.iterdir()}) for flag in flags]
+    names = {"data": data, **{path.name: path for path in tmp_path.iterdir()}}
+    flags = [flag.format(**names) for flag in flags]
     command = [sys.executable, str(toy.RUN), "--output_dir", str(tmp_path / "out")]
     command += ["--deepspeed_config", str(data / "toy.json")]
-    if flags[:1] != ["--input_dir"] or case.startswith("rows"):
+    if "--input_dir" not in flags:
         command += ["--input_dir", str(data)]
     done = toy.run([*command, *flags])
     assert done.returncode == 2, done.stderr

@@ -35,8 +35,7 @@ def test_states_are_what_is_alive_in_a_backward_pass(cases: list[str], tmp_path:
     run_ranks(WORKER, 2, str(tmp_path / "found.json"), *cases)
     found = json.loads((tmp_path / "found.json").read_text())
     counted = {case: states(*case.split()) for case in cases}
-    # Not counted: at stage 3 the weights of the layer that is computed, a tenth of the model's.
-    assert found == pytest.approx(counted, abs=0.5)
+    assert found == pytest.approx(counted, abs=0.4)
 
 
 def activations(*, width: int, is_checkpointed: bool = False) -> float:
